@@ -1,0 +1,1 @@
+"""The bundled demo model: how it was trained, and where it lies."""
