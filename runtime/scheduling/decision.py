@@ -1,0 +1,71 @@
+"""What the scheduler decides for one step, and who carries it out.
+
+The words between the scheduler, which knows nothing of tensors, and a runner, which knows nothing
+of queues.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from understudy.protocol.request import TokenLogprobs
+from understudy.runtime.scheduling.sequence import Sequence
+
+
+class ScheduledSequence(NamedTuple):
+    """One sequence's share of a step: the next ``num_tokens`` tokens to compute.
+
+    ::
+
+        token_ids   p0 p1 p2 p3 p4 p5 p6 p7 o0 o1
+                    ╰── computed ──╯╰─ now ─╯
+                    0              5        8         num_computed_tokens = 5, num_tokens = 3
+
+    The blocks for them are in the sequence's table already. Valid until the scheduler's
+    ``update`` for this step moves ``num_computed_tokens`` on.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step reaches the sequence's last token, so that the next one is drawn."""
+        sequence = self.sequence
+        return sequence.num_computed_tokens + self.num_tokens == sequence.num_tokens
+
+
+class StepPlan(NamedTuple):
+    """One step: what to compute, in the order in which it was granted.
+
+    ``scheduled`` holds a sequence once at most. It is empty in a step in which sequences only end
+    (cancelled, or too big for the cache). ``preempted`` names the requests that gave their blocks
+    back for this step.
+    """
+
+    step: int
+    scheduled: tuple[ScheduledSequence, ...]
+    preempted: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of the step's flat batch."""
+        return sum(num_tokens for _, num_tokens in self.scheduled)
+
+
+class SampledToken(NamedTuple):
+    """The token drawn for one sequence; ``logprobs`` if its request asks for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Runner(Protocol):
+    """Computes a step: the model, or its echo."""
+
+    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+        """Compute the plan's tokens; the draws, by request id, of each that ``samples``.
+
+        A plan with nothing scheduled gives an empty dictionary.
+        """
+        ...

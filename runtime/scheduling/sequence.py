@@ -1,0 +1,108 @@
+"""A sequence: one attempt at a request, inside one engine.
+
+Knows its tokens, how far they are computed, where its KV blocks are, and when it is over. Knows
+nothing of text, of other sequences, or of who gets to run: that is the scheduler's.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from understudy.protocol.request import FinishReason, Request, extend_prefix_hash
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands. Only a running one owns blocks."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """The tokens of one attempt, and how far the model has got with them.
+
+    Attributes:
+        request_id: The request that this sequence is an attempt at.
+        attempt: Which attempt; the ledger drops what earlier ones still report.
+        params: How tokens are drawn, and when to stop.
+        priority: Lower is earlier.
+        token_ids: Prompt, then output.
+        num_prompt_tokens: How many of ``token_ids`` are the prompt.
+        num_computed_tokens: How many of ``token_ids`` have their keys and values in the cache.
+        num_tokens_max: The sequence is over when it has this many tokens. The scheduler lowers it
+            to what the model and the cache can hold.
+        block_table: The blocks that hold the keys and values, in order of position.
+        prefix_hash: ``extend_prefix_hash`` over the whole output.
+        arrival: Its number in the order of arrival, given by the scheduler.
+        status: Set by the scheduler.
+    """
+
+    __slots__ = (
+        "arrival",
+        "attempt",
+        "block_table",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_tokens_max",
+        "params",
+        "prefix_hash",
+        "priority",
+        "request_id",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, *, attempt: int, output: tuple[int, ...] = ()) -> None:
+        """``output`` is what earlier attempts made already; this one goes on behind it.
+
+        It stays output: penalties, ``min_tokens``, ``max_tokens`` and positions count it.
+        """
+        self.request_id = request.request_id
+        self.attempt = attempt
+        self.params = request.params
+        self.priority = request.priority
+        self.token_ids: list[int] = [*request.prompt, *output]
+        self.num_prompt_tokens = len(request.prompt)
+        self.num_computed_tokens = 0
+        self.num_tokens_max = self.num_prompt_tokens + request.params.max_tokens
+        self.block_table: list[int] = []
+        self.prefix_hash = extend_prefix_hash(0, output) if output else 0
+        self.arrival = 0
+        self.status = SequenceStatus.WAITING
+
+    def __repr__(self) -> str:
+        return (
+            f"<Sequence {self.request_id}.{self.attempt} {self.status.name.lower()} "
+            f"{self.num_computed_tokens}/{self.num_prompt_tokens}+{self.num_output_tokens}>"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """All output, that of earlier attempts included; the position of the next token."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add the next output token, and say whether it was the last."""
+        self.token_ids.append(token_id)
+        self.prefix_hash = extend_prefix_hash(self.prefix_hash, (token_id,))
+        return self.finish_reason()
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence is over as it stands, or ``None`` while it goes on."""
+        num_output_tokens = self.num_output_tokens
+        # The sampler forbids stop tokens while fewer than min_tokens tokens were made, so the
+        # first that may be one is number min_tokens + 1.
+        if (
+            num_output_tokens > self.params.min_tokens
+            and self.token_ids[-1] in self.params.stop_token_ids
+        ):
+            return FinishReason.STOP
+        if len(self.token_ids) >= self.num_tokens_max:
+            return FinishReason.LENGTH
+        return None
