@@ -1,0 +1,1 @@
+"""Thin actors, where a decision meets a socket."""

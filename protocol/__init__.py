@@ -1,0 +1,1 @@
+"""What crosses a process boundary: messages, their codec, requests, errors, OpenAI's JSON."""

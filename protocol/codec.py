@@ -1,0 +1,255 @@
+"""Messages to bytes and back: msgpack with limits, checked against the declared types.
+
+A frame is one msgpack array::
+
+    [version, sender, epoch, seq, ack, traceparent, tag, field, field, …]
+
+Bytes from the bus are not trusted. A frame has a size limit, its arrays and strings have limits,
+nothing in it is a map, and every value must have the type that its field declares. No class,
+function or module is ever looked up by a name from the wire: the tag is looked up in a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from enum import IntEnum
+from functools import cache
+from typing import Any, Final, NamedTuple, TypeAlias, cast
+
+import msgpack  # type: ignore[import-untyped]
+
+from understudy.protocol.errors import ProtocolError
+from understudy.protocol.messages import MESSAGE_TYPES, Message, tag_of
+
+PROTOCOL_VERSION: Final = 1
+FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
+ARRAY_LENGTH_MAX: Final = 1024 * 1024
+TEXT_BYTES_MAX: Final = 1024 * 1024
+_HEADER_LENGTH: Final = 7
+
+_WIRE_TYPES: Final[dict[Any, type]] = {kind: kind for kind in (int, str, bool, bytes, float, tuple)}
+"""Declared types that have exactly one type on the wire; for others a value must be looked at."""
+
+Check: TypeAlias = Callable[[Any], Any]
+"""Gives a decoded value in its declared type, or raises ``TypeError`` or ``ValueError``."""
+
+
+class Envelope(NamedTuple):
+    """What surrounds a message on the bus.
+
+    ``epoch`` names the session; 0 means none. ``seq`` counts the session's messages from 1;
+    0 marks a datagram. ``ack`` is the last ``seq`` received without a gap in this session.
+    """
+
+    sender: str
+    epoch: int
+    seq: int
+    ack: int
+    traceparent: str = ""
+
+
+class Frame(NamedTuple):
+    """A decoded frame."""
+
+    envelope: Envelope
+    message: Message
+
+
+def encode(envelope: Envelope, message: Message) -> bytes:
+    """Pack a message into a frame.
+
+    Raises:
+        ProtocolError: the frame would be larger than a receiver accepts.
+    """
+    kind: type = type(message)
+    body = _fields_reader(kind)(message)
+    header = (PROTOCOL_VERSION, *envelope, tag_of(kind))
+    frame = cast("bytes", msgpack.packb(header + body))
+    if len(frame) > FRAME_BYTES_MAX:
+        raise ProtocolError(f"{kind.__name__} of {len(frame)} bytes exceeds {FRAME_BYTES_MAX}")
+    return frame
+
+
+def decode(frame: bytes) -> Frame:
+    """Unpack a frame that came from the bus.
+
+    Raises:
+        ProtocolError: the bytes are no message of this protocol version.
+    """
+    if len(frame) > FRAME_BYTES_MAX:
+        raise ProtocolError(f"frame of {len(frame)} bytes exceeds {FRAME_BYTES_MAX}")
+    try:
+        values = msgpack.unpackb(
+            frame,
+            use_list=False,
+            max_array_len=ARRAY_LENGTH_MAX,
+            max_str_len=TEXT_BYTES_MAX,
+            max_bin_len=TEXT_BYTES_MAX,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"not msgpack within the limits: {error}") from error
+    if type(values) is not tuple or len(values) < _HEADER_LENGTH:
+        raise ProtocolError("a frame is an array with a header")
+    version, sender, epoch, seq, ack, traceparent, tag = values[:_HEADER_LENGTH]
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {version!r} is not {PROTOCOL_VERSION}")
+    kind = MESSAGE_TYPES.get(tag) if type(tag) is int else None
+    if kind is None:
+        raise ProtocolError(f"unknown tag {tag!r}")
+    if not (type(sender) is type(traceparent) is str and type(epoch) is type(seq) is int):
+        raise ProtocolError("malformed envelope")
+    if type(ack) is not int or min(epoch, seq, ack) < 0:
+        raise ProtocolError("malformed envelope")
+    try:
+        message = _record_check(kind)(values[_HEADER_LENGTH:])
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"malformed {kind.__name__}: {error}") from error
+    return Frame(Envelope(sender, epoch, seq, ack, traceparent), message)
+
+
+@cache
+def _fields_reader(kind: type) -> Callable[[Any], tuple[Any, ...]]:
+    """A function that gives the fields of a message in order, nested dataclasses flattened."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    hints = typing.get_type_hints(kind)
+    nested = {name: _fields_reader(hints[name]) for name in names if _is_dataclass(hints[name])}
+
+    def read(record: Any) -> tuple[Any, ...]:
+        if not nested:
+            return tuple([getattr(record, name) for name in names])
+        return tuple(
+            [
+                nested[name](getattr(record, name)) if name in nested else getattr(record, name)
+                for name in names
+            ]
+        )
+
+    return read
+
+
+@cache
+def _record_check(kind: type) -> Check:
+    """The check for a dataclass or NamedTuple that is packed as an array of its fields.
+
+    Token rows make up nearly all of the traffic, so the common case is kept short: where every
+    field has one wire type, one comparison of types stands for a call for each field.
+    """
+    names = _field_names(kind)
+    hints = typing.get_type_hints(kind)
+    checks = [_check_for(hints[name]) for name in names]
+    wire_types = tuple(_WIRE_TYPES.get(typing.get_origin(hints[n]) or hints[n]) for n in names)
+    deep = [(i, checks[i]) for i, wire_type in enumerate(wire_types) if wire_type is tuple]
+    required = len(names) - _count_defaults(kind)
+    build: Callable[..., Any] = kind
+
+    def check(values: Any) -> Any:
+        if type(values) is not tuple:
+            raise TypeError(f"{kind.__name__} is an array")
+        if tuple(map(type, values)) == wire_types:
+            for index, check_value in deep:
+                if values[index]:
+                    values = (
+                        *values[:index],
+                        check_value(values[index]),
+                        *values[index + 1 :],
+                    )
+            return build(*values)
+        if len(values) < required:
+            raise ValueError(f"{kind.__name__} has at least {required} fields")
+        return build(*[check(value) for check, value in zip(checks, values, strict=False)])
+
+    return check
+
+
+def _check_for(hint: Any) -> Check:
+    """The check for one declared type."""
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return _tuple_check(typing.get_args(hint))
+    if origin in {typing.Union, types.UnionType}:
+        (inner,) = (_check_for(arg) for arg in typing.get_args(hint) if arg is not types.NoneType)
+        return lambda value: None if value is None else inner(value)
+    if hint is float:
+        return _check_float
+    if hint in {int, str, bool, bytes}:
+        return _exact_check(hint)
+    if isinstance(hint, type) and issubclass(hint, IntEnum):
+        return _enum_check(hint)
+    assert isinstance(hint, type), f"{hint} cannot cross the wire"
+    return _record_check(hint)
+
+
+def _tuple_check(arguments: tuple[Any, ...]) -> Check:
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        inner = _check_for(arguments[0])
+        if arguments[0] is int:
+            return _check_integers
+
+        def check_all(values: Any) -> tuple[Any, ...]:
+            if type(values) is not tuple:
+                raise TypeError("expected an array")
+            return tuple([inner(value) for value in values])
+
+        return check_all
+    inners = [_check_for(argument) for argument in arguments]
+
+    def check_each(values: Any) -> tuple[Any, ...]:
+        if type(values) is not tuple or len(values) != len(inners):
+            raise TypeError(f"expected an array of {len(inners)}")
+        return tuple([inner(value) for inner, value in zip(inners, values, strict=True)])
+
+    return check_each
+
+
+def _exact_check(kind: type) -> Check:
+    def check(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    return check
+
+
+def _enum_check(kind: type[IntEnum]) -> Check:
+    def check(value: Any) -> IntEnum:
+        if type(value) is not int:
+            raise TypeError(f"expected int, got {type(value).__name__}")
+        return kind(value)
+
+    return check
+
+
+def _check_float(value: Any) -> float:
+    if type(value) is float or type(value) is int:
+        return float(value)
+    raise TypeError(f"expected float, got {type(value).__name__}")
+
+
+def _check_integers(values: Any) -> tuple[int, ...]:
+    if type(values) is not tuple:
+        raise TypeError("expected an array")
+    if not set(map(type, values)) <= {int}:
+        raise TypeError("expected an array of integers")
+    return values
+
+
+def _is_dataclass(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _field_names(kind: Any) -> tuple[str, ...]:
+    if dataclasses.is_dataclass(kind):
+        return tuple(field.name for field in dataclasses.fields(kind))
+    return cast("tuple[str, ...]", kind._fields)
+
+
+def _count_defaults(kind: Any) -> int:
+    if dataclasses.is_dataclass(kind):
+        missing = dataclasses.MISSING
+        return sum(field.default is not missing for field in dataclasses.fields(kind))
+    return len(kind._field_defaults)

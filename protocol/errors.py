@@ -1,0 +1,140 @@
+"""Every error that a client can be told, and how each looks over HTTP.
+
+The tree::
+
+    RequestError                 something about one request; always told to its client
+    ├── InvalidRequest     400   the client's input is wrong; a retry cannot help
+    │   └── ContextLengthExceeded 400
+    ├── ModelNotFound      404
+    ├── NotFound           404   no such path or object
+    ├── MethodNotAllowed   405
+    ├── PayloadTooLarge    413
+    ├── Overloaded         503   the queue is full; retry after the time given
+    ├── Unavailable        503   loading or draining
+    └── InternalError      500   our own fault
+
+    ConfigurationError           the operator's input is wrong: exit status 78, all problems at once
+    ProtocolError                bytes on the bus that are no message; the frame is dropped, counted
+
+Recoverable for a client by itself: ``Overloaded`` and ``Unavailable``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+
+class RequestError(Exception):
+    """An error that ends one request and is told to its client."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "api_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        error = {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+class InvalidRequest(RequestError):
+    """The client's input is wrong; ``param`` names the field."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class NotFound(InvalidRequest):
+    """No such path or object."""
+
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """The named model is not served here."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path exists and does not take this method."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class PayloadTooLarge(InvalidRequest):
+    """The body is larger than the gateway reads."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class Overloaded(RequestError):
+    """The queue is full; ``retry_after_s`` says when to come back."""
+
+    status = 503
+    kind = "overloaded_error"
+    code = "overloaded"
+
+
+class Unavailable(RequestError):
+    """Not serving at the moment: loading, draining, or cut off."""
+
+    status = 503
+    kind = "service_unavailable_error"
+    code = "unavailable"
+
+
+class InternalError(RequestError):
+    """Our own fault."""
+
+    code = "internal_error"
+
+
+_BY_CODE: Mapping[str, type[RequestError]] = MappingProxyType(
+    {
+        kind.code: kind
+        for kind in (ContextLengthExceeded, Overloaded, Unavailable, InternalError)
+        if kind.code is not None
+    }
+)
+
+
+def from_code(code: str, message: str, *, retry_after_s: float | None = None) -> RequestError:
+    """Make the error that another actor named by its code; an unknown code is internal."""
+    return _BY_CODE.get(code, InternalError)(message, retry_after_s=retry_after_s)
+
+
+class ConfigurationError(Exception):
+    """The operator's input is wrong. Carries every problem found, one line each."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ProtocolError(Exception):
+    """Bytes that are no message of this protocol."""

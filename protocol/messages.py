@@ -1,0 +1,306 @@
+"""Every message that crosses a process boundary, each a frozen dataclass with a small tag.
+
+A message is packed as its fields in order. Fields may only be appended, with a default, and never
+moved: an older peer ignores what it does not know, and a newer one fills in what it does not get.
+Tags are never used again.
+
+Who says what to whom::
+
+    any actor ──Hello──▶ supervisor ──Welcome──▶ it      opens a session (a new epoch)
+    any actor ──Heartbeat/Pulse──▶ supervisor            and the supervisor pulses back
+    supervisor ──Fenced──▶ any actor                     the session is over: say Hello again
+    gateway ──Submit/Cancel──▶ supervisor ──Accepted/Rejected/Deliver/Failed──▶ gateway
+    supervisor ──Assign/Cancel──▶ engine ──StepOutput/Refused──▶ supervisor
+    engine ──Dying──▶ supervisor;  launcher ──ProcessExited──▶ supervisor
+    supervisor ──ClusterState──▶ gateway
+    command line ──StatusRequest──▶ supervisor ──StatusReply──▶ command line
+
+A *datagram* is sent once, outside the session's order, and may be lost: it is repeated by its
+sender or made up for by the next one. Everything else is delivered once and in order as long as
+the session lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, NamedTuple, TypeAlias, TypeVar, dataclass_transform
+
+from understudy.protocol.request import Request, TokenRow
+
+T = TypeVar("T")
+
+MESSAGE_TYPES: Final[dict[int, type]] = {}
+"""Every message class by its tag; filled by the decorator below."""
+
+_TAGS: Final[dict[type, int]] = {}
+_DATAGRAMS: Final[set[type]] = set()
+
+
+@dataclass_transform(frozen_default=True)
+def message(tag: int, *, datagram: bool = False) -> Callable[[type[T]], type[T]]:
+    """Make a class a message: a frozen, slotted dataclass, known to the codec by its tag."""
+
+    def register(plain: type[T]) -> type[T]:
+        kind = dataclass(frozen=True, slots=True)(plain)
+        assert tag not in MESSAGE_TYPES, f"tag {tag} is taken by {MESSAGE_TYPES[tag].__name__}"
+        MESSAGE_TYPES[tag] = kind
+        _TAGS[kind] = tag
+        if datagram:
+            _DATAGRAMS.add(kind)
+        return kind
+
+    return register
+
+
+def tag_of(kind: type) -> int:
+    """The wire tag of a message class."""
+    return _TAGS[kind]
+
+
+def is_datagram(kind: type) -> bool:
+    """Whether messages of this class travel outside a session's order."""
+    return kind in _DATAGRAMS
+
+
+class Role(IntEnum):
+    """The part that an actor plays."""
+
+    SUPERVISOR = 1
+    ENGINE = 2
+    GATEWAY = 3
+
+
+class Capacity(NamedTuple):
+    """What an engine can take, told once in its Hello."""
+
+    max_num_seqs: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+
+
+class EngineStatus(NamedTuple):
+    """One engine as the supervisor sees it."""
+
+    name: str
+    state: str
+    """``serving``, ``dead`` or ``starting``."""
+    pid: int
+    epoch: int
+    restarts: int
+    running: int
+    waiting: int
+    outstanding: int
+    blocks_free: int
+    blocks_total: int
+    step: int
+    beat_age_s: float
+
+
+class GatewayStatus(NamedTuple):
+    """One gateway as the supervisor sees it."""
+
+    name: str
+    pid: int
+    address: str
+    streams: int
+    beat_age_s: float
+
+
+@message(1, datagram=True)
+class Hello:
+    """An actor asks for a session. Repeated until it is welcomed."""
+
+    role: Role
+    name: str
+    pid: int
+    model: str = ""
+    """The name of the model that an engine runs or a gateway offers."""
+    address: str = ""
+    """Where a gateway listens, as ``host:port``."""
+    capacity: Capacity | None = None
+
+
+@message(2, datagram=True)
+class Welcome:
+    """The session is open: its frames carry ``epoch``."""
+
+    epoch: int
+
+
+@message(3, datagram=True)
+class Fenced:
+    """No session has this epoch (any more): drop its work and say Hello again."""
+
+    epoch: int
+
+
+@message(4, datagram=True)
+class Pulse:
+    """A sign of life that carries nothing but the envelope's acknowledgement."""
+
+
+@message(5, datagram=True)
+class Heartbeat:
+    """An engine's sign of life, every 50 ms, sent from a thread beside its step loop."""
+
+    step: int
+    phase: str
+    phase_for_s: float
+    blocks_free: int
+    running: int
+    waiting: int
+
+
+@message(6, datagram=True)
+class Dying:
+    """An actor's last will: it ends now, for this reason."""
+
+    reason: str
+
+
+@message(7, datagram=True)
+class ProcessExited:
+    """The launcher saw one of its processes end."""
+
+    name: str
+    pid: int
+    status: int
+    """The exit status, or minus the number of the signal, as ``subprocess`` gives it."""
+    restarts: int
+
+
+@message(8)
+class ClusterState:
+    """What a gateway must know to answer for the cluster's health."""
+
+    engines_serving: int
+    engines_known: int
+    max_model_len: int
+    """The longest context that every serving engine takes; 0 while none serves."""
+    is_draining: bool = False
+
+
+@message(16)
+class Submit:
+    """A gateway hands in a request."""
+
+    request: Request
+
+
+@message(17)
+class Accepted:
+    """The supervisor has taken the request: it will end, exactly once."""
+
+    request_id: int
+
+
+@message(18)
+class Rejected:
+    """The supervisor has not taken the request."""
+
+    request_id: int
+    code: str
+    """The ``code`` of an error in ``understudy.protocol.errors``."""
+    message: str
+    retry_after_s: float | None = None
+
+
+@message(19)
+class Deliver:
+    """New tokens and ends for requests of one gateway."""
+
+    rows: tuple[TokenRow, ...]
+    engine: str = ""
+    """Which engine made them."""
+
+
+@message(20)
+class Failed:
+    """An accepted request ends with an error."""
+
+    request_id: int
+    code: str
+    message: str
+
+
+@message(21)
+class Cancel:
+    """Stop working on a request; nothing is said about it afterwards."""
+
+    request_id: int
+
+
+@message(32)
+class Assign:
+    """An engine is given a request, with the output that it already has (all of it counts)."""
+
+    request: Request
+    attempt: int
+    output: tuple[int, ...] = ()
+
+
+@message(33)
+class StepOutput:
+    """All that one engine step made."""
+
+    step: int
+    rows: tuple[TokenRow, ...]
+
+
+@message(34)
+class Refused:
+    """An engine cannot serve a request that it was given."""
+
+    request_id: int
+    attempt: int
+    code: str
+    message: str
+
+
+@message(48, datagram=True)
+class StatusRequest:
+    """The command line asks how things are."""
+
+
+@message(49, datagram=True)
+class StatusReply:
+    """How things are."""
+
+    model: str
+    uptime_s: float
+    engines: tuple[EngineStatus, ...]
+    gateways: tuple[GatewayStatus, ...]
+    queued: int
+    running: int
+    admitted: int
+    finished: int
+    rejected: int
+    resumed: int
+    tokens: int
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Fenced
+    | Pulse
+    | Heartbeat
+    | Dying
+    | ProcessExited
+    | ClusterState
+    | Submit
+    | Accepted
+    | Rejected
+    | Deliver
+    | Failed
+    | Cancel
+    | Assign
+    | StepOutput
+    | Refused
+    | StatusRequest
+    | StatusReply
+)
+"""The closed union that handlers match over."""

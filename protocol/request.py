@@ -1,0 +1,108 @@
+"""A request as it travels between actors: token ids and how to sample from them.
+
+Holds no text: the gateway is the only place that knows what the tokens spell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+SEED_MASK: Final = (1 << 64) - 1
+"""Seeds are 64-bit; a client's negative seed is taken modulo 2**64."""
+
+_HASH_START: Final = 0x811C9DC5
+_HASH_PRIME: Final = 0x01000193
+
+
+class FinishReason(IntEnum):
+    """Why a request ended. Every request ends exactly once, with one of these."""
+
+    STOP = 1
+    """The model ended its turn, or a stop token or stop string was met."""
+    LENGTH = 2
+    """``max_tokens`` or the model's context was reached."""
+    CANCELLED = 3
+    """The client went away, or asked for the end."""
+    ERROR = 4
+    """The system could not go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn; validated by the gateway, trusted from there on.
+
+    ``stop_token_ids`` already holds the model's end-of-sequence ids, unless the request ignores
+    them: an engine never has to know which ids those are. They are forbidden while fewer than
+    ``min_tokens`` tokens were made. ``temperature`` 0 means greedy. ``top_k`` 0 means off.
+    ``logprobs`` is the number of alternatives to report for each token; ``None`` reports nothing,
+    0 only the chosen token's.
+    """
+
+    seed: int
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. ``n > 1`` at the API is n requests with one ``group_id``.
+
+    ``request_id`` and ``group_id`` are random 63-bit numbers drawn by the gateway.
+    """
+
+    request_id: int
+    group_id: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+
+
+class TokenLogprobs(NamedTuple):
+    """Log probabilities at one position, of the distribution before temperature and penalties."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest (token id, log probability), best first."""
+
+
+class TokenRow(NamedTuple):
+    """What one engine step added to one request.
+
+    ``position`` is the index, in the output, of the first of ``tokens``; ``prefix_hash`` covers
+    the whole output up to and including them. ``tokens`` is empty only if the request ends
+    without a new token.
+    """
+
+    request_id: int
+    attempt: int
+    position: int
+    tokens: tuple[int, ...]
+    prefix_hash: int
+    finish: int
+    """A ``FinishReason``, or 0 while the request goes on."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of ``tokens``, or empty if the request did not ask."""
+
+
+def extend_prefix_hash(prefix_hash: int, tokens: tuple[int, ...] | list[int]) -> int:
+    """Extend the hash of an output by further tokens (32-bit FNV-1a over token ids).
+
+    Start from ``prefix_hash=0`` for an empty output. It guards against mistakes and stale
+    engines, not against an adversary.
+    """
+    value = prefix_hash or _HASH_START
+    for token in tokens:
+        value = ((value ^ token) * _HASH_PRIME) & 0xFFFFFFFF
+    return value

@@ -1,0 +1,1 @@
+"""Pure decisions of the supervisor. Time is an argument; nothing here does I/O."""
