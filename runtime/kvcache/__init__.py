@@ -1,0 +1,1 @@
+"""Pure bookkeeping of KV blocks. Holds numbers of blocks, never tensors."""
