@@ -95,14 +95,14 @@ class Sequence:
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence is over as it stands, or ``None`` while it goes on."""
-        num_output_tokens = self.num_output_tokens
+        num_tokens = len(self.token_ids)
         # The sampler forbids stop tokens while fewer than min_tokens tokens were made, so the
         # first that may be one is number min_tokens + 1.
         if (
-            num_output_tokens > self.params.min_tokens
+            num_tokens - self.num_prompt_tokens > self.params.min_tokens
             and self.token_ids[-1] in self.params.stop_token_ids
         ):
             return FinishReason.STOP
-        if len(self.token_ids) >= self.num_tokens_max:
+        if num_tokens >= self.num_tokens_max:
             return FinishReason.LENGTH
         return None

@@ -1,0 +1,271 @@
+"""Decides, before each step of the model, which sequence gets how many tokens.
+
+Why there is no prefill phase
+-----------------------------
+It is usual to tell two stories: prefill reads the prompt, decode writes the answer. To the model
+they are one act: compute tokens that are known, and at the last of them draw another. So a sequence
+is nothing but a row of known tokens and a mark, ``num_computed_tokens``, that lags behind its end.
+The scheduler has one rule: **move the marks until they catch up**, within the step's budget::
+
+      █ computed   ▒ this step (14 tokens)   ░ later steps            what others call it
+
+    A ████████████████▒                       catches up, draws       decode
+    B ██████████▒                             catches up, draws       decode
+    C ████▒▒▒▒▒▒▒▒░░░░░░░                     draws nothing yet       chunked prefill
+    D ▒▒▒▒                                    catches up, draws       prefill
+    E ░░░░░░░░░░░░                            waits                   queued
+
+A sequence that was preempted, or that comes from an engine that died, is a row whose mark stands at
+0, output and all. A prefix found in a cache is a mark that starts further on; a draft to verify is
+a longer row. None of them is a case here, and no step is of one kind or another.
+
+Order
+-----
+Running sequences come first, most urgent first: by priority, then by arrival. Tokens that are left
+over start waiting sequences, first come first served; nobody is passed over for being big, so
+nobody starves. A sequence starts only when all its tokens fit the free blocks. From then on only
+growth, a block at a time, can exhaust the pool: see ``preemption``. A sequence that cannot fit even
+alone is cut by its ``num_tokens_max``, or ends at once, so nothing waits for blocks that will never
+come.
+
+Knows nothing of text, tensors, time or the bus. Its caller runs one step after another:
+``schedule``, execute, ``update``. ``add`` and ``cancel`` may come at any moment between them.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from understudy.protocol.errors import ConfigurationError
+from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow
+from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
+from understudy.runtime.scheduling.decision import SampledToken, ScheduledSequence, StepPlan
+from understudy.runtime.scheduling.preemption import preempt_last, urgency
+from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """The limits of a step and of a sequence.
+
+    Raises:
+        ConfigurationError: One line for each value that is not positive.
+    """
+
+    max_num_seqs: int
+    """Sequences that run at once."""
+    max_num_batched_tokens: int
+    """The budget: tokens computed in one step, over all sequences."""
+    max_model_len: int
+    """Tokens of one sequence, prompt and output."""
+    block_size: int
+    """Slots of a KV block."""
+
+    def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        problems = [f"{name} must be at least 1, not {n}" for name, n in values.items() if n < 1]
+        if problems:
+            raise ConfigurationError(*problems)
+
+
+class Scheduler:
+    """Holds every sequence of one engine, from ``add`` to its end."""
+
+    def __init__(self, config: SchedulerConfig, kv_cache_manager: KVCacheManager) -> None:
+        assert config.block_size == kv_cache_manager.block_size
+        self._config = config
+        self._kv_cache_manager = kv_cache_manager
+        self._sequences: dict[int, Sequence] = {}
+        # Sorted by urgency, so that tokens are granted from the front and taken from the back: a
+        # victim never has a share of the step yet.
+        self._running: list[Sequence] = []
+        # Why not a deque: a cancelled sequence has to leave the middle at once. This takes from
+        # and puts to either end, and deletes by id, in constant time.
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._ended: list[TokenRow] = []
+        self._num_arrivals = 0
+        self._step = 0
+        self._plan: StepPlan | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has anything to do or to report."""
+        return bool(self._sequences or self._ended)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that own blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that own none, preempted ones included."""
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in; if there is nothing to do for it, it ends with the next step.
+
+        A newer attempt at a request replaces the one that is here; an older one, or the same once
+        more, is dropped.
+        """
+        current = self._sequences.get(sequence.request_id)
+        if current is not None:
+            if sequence.attempt <= current.attempt:
+                return
+            self._remove(current)
+        sequence.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        # The last token of a sequence is drawn but never computed, and needs no slot.
+        tokens_max = min(self._config.max_model_len, self._kv_cache_manager.tokens_max + 1)
+        sequence.num_tokens_max = min(sequence.num_tokens_max, tokens_max)
+        finish = self._finish_before_start(sequence)
+        if finish is not None:
+            sequence.status = SequenceStatus.FINISHED
+            self._ended.append(_token_row(sequence, finish))
+            return
+        self._sequences[sequence.request_id] = sequence
+        self._waiting[sequence.request_id] = sequence
+
+    def cancel(self, request_id: int) -> bool:
+        """End a sequence, and free its blocks at once; ``False`` if it is not here (any more).
+
+        If a step is under way, what it computes for the sequence is dropped.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._remove(sequence)
+        self._ended.append(_token_row(sequence, FinishReason.CANCELLED))
+        return True
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step, or ``None`` if there is no work.
+
+        The blocks for it are allocated. A plan that was not carried out may be replaced by
+        calling this again: marks move in ``update`` alone.
+        """
+        if not self.has_work:
+            return None
+        scheduled: list[ScheduledSequence] = []
+        preempted = self._continue_running(scheduled)
+        if not preempted:
+            self._start_waiting(scheduled)
+        assert scheduled or not self._sequences, "a step must bring someone forward"
+        self._step += 1
+        self._plan = StepPlan(self._step, tuple(scheduled), preempted)
+        return self._plan
+
+    def update(self, plan: StepPlan, sampled: Mapping[int, SampledToken]) -> list[TokenRow]:
+        """Take in what the step brought; a row for each sequence that got a token or ended.
+
+        ``sampled`` has a token for each scheduled sequence that ``samples``, by request id.
+        """
+        assert plan is self._plan, "a step is taken in once, and only the latest"
+        self._plan = None
+        rows, self._ended = self._ended, []
+        for sequence, num_tokens in plan.scheduled:
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # cancelled or replaced while the step ran
+            sequence.num_computed_tokens += num_tokens
+            if sequence.num_computed_tokens == sequence.num_tokens:
+                rows.append(self._append(sequence, sampled[sequence.request_id]))
+        return rows
+
+    def check_integrity(self) -> None:
+        """Assert that every sequence is in one place, and every block is accounted for."""
+        assert len(self._running) <= self._config.max_num_seqs
+        assert self._running == sorted(self._running, key=urgency)
+        assert self._sequences == self._waiting | {s.request_id: s for s in self._running}
+        assert len(self._sequences) == len(self._running) + len(self._waiting)
+        for sequence in self._running:
+            assert sequence.status is SequenceStatus.RUNNING, sequence
+            assert sequence.num_computed_tokens < sequence.num_tokens, sequence
+        for sequence in self._waiting.values():
+            assert sequence.status is SequenceStatus.WAITING, sequence
+            assert sequence.num_computed_tokens == 0, sequence
+            assert not sequence.block_table, sequence
+        self._kv_cache_manager.check_integrity(self._running)
+
+    def _continue_running(self, scheduled: list[ScheduledSequence]) -> tuple[int, ...]:
+        """Grant tokens to running sequences; the request ids of those that had to give way."""
+        budget = self._config.max_num_batched_tokens
+        preempted: list[int] = []
+        for sequence in self._running:  # victims leave from its end, behind this one
+            if budget == 0:
+                break
+            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            while not self._kv_cache_manager.allocate(sequence, num_tokens):
+                victim = self._preempt_last()
+                preempted.append(victim.request_id)
+                if victim is sequence:
+                    return tuple(preempted)
+            scheduled.append(ScheduledSequence(sequence, num_tokens))
+            budget -= num_tokens
+        return tuple(preempted)
+
+    def _start_waiting(self, scheduled: list[ScheduledSequence]) -> None:
+        """Start waiting sequences while budget, places and blocks last."""
+        budget = self._config.max_num_batched_tokens - sum(n for _, n in scheduled)
+        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
+            sequence = next(iter(self._waiting.values()))
+            if not self._kv_cache_manager.allocate(sequence, sequence.num_tokens):
+                break
+            self._waiting.popitem(last=False)
+            sequence.status = SequenceStatus.RUNNING
+            insort(self._running, sequence, key=urgency)
+            num_tokens = min(sequence.num_tokens, budget)
+            scheduled.append(ScheduledSequence(sequence, num_tokens))
+            budget -= num_tokens
+
+    def _preempt_last(self) -> Sequence:
+        """Put the least urgent running sequence back at the front of those that wait."""
+        victim = preempt_last(self._running, self._kv_cache_manager)
+        self._waiting[victim.request_id] = victim
+        self._waiting.move_to_end(victim.request_id, last=False)
+        return victim
+
+    def _append(self, sequence: Sequence, sampled: SampledToken) -> TokenRow:
+        """Give a sequence its next token, and let it go if that was its last."""
+        finish = sequence.append(sampled.token_id)
+        if finish is not None:
+            self._remove(sequence)
+        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
+        return _token_row(sequence, finish, (sampled.token_id,), logprobs)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Let a sequence go, and take its blocks back."""
+        del self._sequences[sequence.request_id]
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._kv_cache_manager.free(sequence)
+        else:
+            del self._waiting[sequence.request_id]
+        sequence.status = SequenceStatus.FINISHED
+
+    def _finish_before_start(self, sequence: Sequence) -> FinishReason | None:
+        """How a sequence ends that has nothing left to do here, or that cannot begin."""
+        prompt_max = min(self._config.max_model_len, self._kv_cache_manager.tokens_max)
+        if sequence.num_output_tokens == 0 and not 0 < sequence.num_prompt_tokens <= prompt_max:
+            return FinishReason.ERROR
+        return sequence.finish_reason()
+
+
+def _token_row(
+    sequence: Sequence,
+    finish: FinishReason | None,
+    tokens: tuple[int, ...] = (),
+    logprobs: tuple[TokenLogprobs, ...] = (),
+) -> TokenRow:
+    """The row for a sequence whose output now ends with ``tokens``."""
+    return TokenRow(
+        sequence.request_id,
+        sequence.attempt,
+        sequence.num_output_tokens - len(tokens),
+        tokens,
+        sequence.prefix_hash,
+        finish or 0,
+        logprobs,
+    )
