@@ -1,0 +1,145 @@
+"""What each process must know to start: one frozen dataclass for each consumer.
+
+Values come from ``understudy.runtime.settings``, checked; nothing here changes after start. A
+configuration can be turned into the flags that give it again, which is how the launcher hands
+each child its own: a child reads no file, so that an edit of a file never reaches half a cluster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from understudy.runtime.settings import SETTINGS, SUPERVISOR_SOCKET, Settings
+
+T = TypeVar("T")
+
+NO_FILE: Final = "/dev/null"
+"""As ``--config``: read no configuration file."""
+
+_SECONDS: Final = {"start_timeout": "start_timeout_s", "shutdown_timeout": "shutdown_timeout_s"}
+"""Fields that are named for their unit, where the flag keeps the name that users know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorConfig:
+    """What a supervisor must know. It answers on a socket in ``run_dir``."""
+
+    run_dir: Path
+    served_model_name: str
+    queue_max: int
+    """Requests that may wait for an engine; beyond them the supervisor refuses."""
+
+    @property
+    def socket(self) -> Path:
+        """The socket that every other actor connects to."""
+        return self.run_dir / SUPERVISOR_SOCKET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What an engine must know. With ``engine`` "echo" it runs no model and needs no torch."""
+
+    name: str
+    run_dir: Path
+    engine: Literal["model", "echo"]
+    model: Path
+    served_model_name: str
+    dtype: Literal["auto", "float32", "bfloat16"]
+    numerics: Literal["fast"]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int | None
+    """The longest prompt and answer together; ``None``: as long as the model can."""
+    block_size: int
+    kv_cache_memory: int | None
+    """Bytes; ``None``: chosen from what the device has."""
+    gpu_memory_utilization: float
+    threads: int | None
+    """``None``: all cores."""
+    device: Literal["auto", "cpu", "cuda"]
+    echo_tokens_per_s: float
+    """The rate of one stream of the echo engine; 0 means as fast as it can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """What a gateway must know. ``port`` 0 is any free one."""
+
+    name: str
+    run_dir: Path
+    host: str
+    port: int
+    model: Path
+    """Where the tokenizer and the chat template are."""
+    served_model_name: str
+    max_model_len: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherConfig:
+    """All that ``understudy start`` takes: one configuration for each process to be started."""
+
+    run_dir: Path
+    supervisor: SupervisorConfig
+    engines: tuple[EngineConfig, ...]
+    gateway: GatewayConfig
+    start_timeout_s: float
+    shutdown_timeout_s: float
+
+    @property
+    def data_parallel_size(self) -> int:
+        """The number of engine processes."""
+        return len(self.engines)
+
+
+def supervisor_config(settings: Settings) -> SupervisorConfig:
+    """The configuration of a supervisor."""
+    return _build(SupervisorConfig, settings)
+
+
+def engine_config(settings: Settings, *, name: str) -> EngineConfig:
+    """The configuration of the engine of this name."""
+    return _build(EngineConfig, settings, name=name)
+
+
+def gateway_config(settings: Settings, *, name: str) -> GatewayConfig:
+    """The configuration of the gateway of this name."""
+    return _build(GatewayConfig, settings, name=name)
+
+
+def launcher_config(settings: Settings, *, cores: int) -> LauncherConfig:
+    """The configuration of a whole node.
+
+    Engines that each used every core would wait for one another at every matrix product, so
+    unless ``threads`` is set they share ``cores`` evenly.
+    """
+    count = settings.values["data_parallel_size"]
+    threads = settings.values["threads"] or max(1, cores // count)
+    engines = (engine_config(settings, name=f"engine-{index}") for index in range(count))
+    return _build(
+        LauncherConfig,
+        settings,
+        supervisor=supervisor_config(settings),
+        engines=tuple(dataclasses.replace(engine, threads=threads) for engine in engines),
+        gateway=gateway_config(settings, name="gateway-0"),
+    )
+
+
+def arguments_of(config: SupervisorConfig | EngineConfig | GatewayConfig) -> list[str]:
+    """The flags that give this configuration again, whatever files and environment say."""
+    arguments = [f"--config={NO_FILE}"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None:
+            arguments.append(f"--{field.name.replace('_', '-')}={value}")
+    return arguments
+
+
+def _build(kind: type[T], settings: Settings, **given: Any) -> T:
+    """Make a configuration from the settings that have its fields' names."""
+    values = {_SECONDS.get(name, name): settings.values[name] for name in SETTINGS} | given
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return kind(**{field.name: values[field.name] for field in fields})
