@@ -2,7 +2,7 @@
 
 A frame is one msgpack array::
 
-    [version, sender, epoch, seq, ack, traceparent, tag, field, field, …]
+    [version, sender, epoch, seq, ack, tag, field, field, …]
 
 Bytes from the bus are not trusted. A frame has a size limit, its arrays and strings have limits,
 nothing in it is a map, and every value must have the type that its field declares. No class,
@@ -28,7 +28,7 @@ PROTOCOL_VERSION: Final = 1
 FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 ARRAY_LENGTH_MAX: Final = 1024 * 1024
 TEXT_BYTES_MAX: Final = 1024 * 1024
-_HEADER_LENGTH: Final = 7
+_HEADER_LENGTH: Final = 6
 
 _WIRE_TYPES: Final[dict[Any, type]] = {kind: kind for kind in (int, str, bool, bytes, float, tuple)}
 """Declared types that have exactly one type on the wire; for others a value must be looked at."""
@@ -48,7 +48,6 @@ class Envelope(NamedTuple):
     epoch: int
     seq: int
     ack: int
-    traceparent: str = ""
 
 
 class Frame(NamedTuple):
@@ -95,21 +94,21 @@ def decode(frame: bytes) -> Frame:
         raise ProtocolError(f"not msgpack within the limits: {error}") from error
     if type(values) is not tuple or len(values) < _HEADER_LENGTH:
         raise ProtocolError("a frame is an array with a header")
-    version, sender, epoch, seq, ack, traceparent, tag = values[:_HEADER_LENGTH]
+    version, sender, epoch, seq, ack, tag = values[:_HEADER_LENGTH]
     if version != PROTOCOL_VERSION:
         raise ProtocolError(f"protocol version {version!r} is not {PROTOCOL_VERSION}")
     kind = MESSAGE_TYPES.get(tag) if type(tag) is int else None
     if kind is None:
         raise ProtocolError(f"unknown tag {tag!r}")
-    if not (type(sender) is type(traceparent) is str and type(epoch) is type(seq) is int):
+    if type(sender) is not str or set(map(type, (epoch, seq, ack))) != {int}:
         raise ProtocolError("malformed envelope")
-    if type(ack) is not int or min(epoch, seq, ack) < 0:
+    if min(epoch, seq, ack) < 0:
         raise ProtocolError("malformed envelope")
     try:
         message = _record_check(kind)(values[_HEADER_LENGTH:])
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"malformed {kind.__name__}: {error}") from error
-    return Frame(Envelope(sender, epoch, seq, ack, traceparent), message)
+    return Frame(Envelope(sender, epoch, seq, ack), message)
 
 
 @cache

@@ -111,11 +111,16 @@ class GatewayStatus(NamedTuple):
 
 @message(1, datagram=True)
 class Hello:
-    """An actor asks for a session. Repeated until it is welcomed."""
+    """An actor asks for a session. Repeated until it is welcomed.
+
+    ``last_epoch`` is the epoch of the session that it had and lost, or 0. It tells a request for
+    a new session from a late duplicate of the one that opened the present session.
+    """
 
     role: Role
     name: str
     pid: int
+    last_epoch: int = 0
     model: str = ""
     """The name of the model that an engine runs or a gateway offers."""
     address: str = ""
@@ -140,6 +145,13 @@ class Fenced:
 @message(4, datagram=True)
 class Pulse:
     """A sign of life that carries nothing but the envelope's acknowledgement."""
+
+
+@message(9, datagram=True)
+class Resend:
+    """The receiver of a session misses the message with this ``seq``."""
+
+    seq: int
 
 
 @message(5, datagram=True)
@@ -287,6 +299,7 @@ Message: TypeAlias = (
     | Welcome
     | Fenced
     | Pulse
+    | Resend
     | Heartbeat
     | Dying
     | ProcessExited

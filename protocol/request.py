@@ -67,6 +67,8 @@ class Request:
     prompt: tuple[int, ...]
     params: SamplingParams
     priority: int = 0
+    traceparent: str = ""
+    """The W3C trace context of the client's call; it stays with the request wherever it goes."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -102,6 +104,8 @@ def extend_prefix_hash(prefix_hash: int, tokens: tuple[int, ...] | list[int]) ->
     Start from ``prefix_hash=0`` for an empty output. It guards against mistakes and stale
     engines, not against an adversary.
     """
+    if not tokens:
+        return prefix_hash
     value = prefix_hash or _HASH_START
     for token in tokens:
         value = ((value ^ token) * _HASH_PRIME) & 0xFFFFFFFF

@@ -1,0 +1,66 @@
+"""The echo runner: stands beside the model runner and draws tokens without a model.
+
+It loads and tests everything around a model at rates that no model reaches on the machine at
+hand. Its tokens are a pure function of seed and position, as the model's sampler's are, so that
+everything that is promised about a request's text can be checked with it. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Final
+
+from understudy.protocol.request import SEED_MASK, SamplingParams, TokenLogprobs
+from understudy.runtime.kit.clock import Clock
+from understudy.runtime.scheduling.decision import SampledToken, StepPlan
+
+_GOLDEN: Final = 0x9E3779B97F4A7C15
+
+
+class EchoRunner:
+    """Draws uniformly from the vocabulary less its reserved ids; a step takes ``step_s``."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        vocab_size: int,
+        reserved: Collection[int] = (),
+        step_s: float = 0.0,
+    ) -> None:
+        self._clock = clock
+        self._tokens = [token for token in range(vocab_size) if token not in set(reserved)]
+        self._logprob = -math.log(len(self._tokens))
+        self._step_s = step_s
+        self._step_ends_at = 0.0
+
+    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+        """Draw a token for each sequence that samples, and let the step's time pass."""
+        drawn = {
+            sequence.request_id: self._draw(sequence.params, sequence.num_output_tokens)
+            for sequence, num_tokens in plan.scheduled
+            if sequence.num_computed_tokens + num_tokens == sequence.num_tokens
+        }
+        if self._step_s:
+            # Paced from the end of the step before, so that the rate holds whatever the work
+            # between two steps costs.
+            now = self._clock.now()
+            self._step_ends_at = max(self._step_ends_at + self._step_s, now)
+            self._clock.sleep(self._step_ends_at - now)
+        return drawn
+
+    def _draw(self, params: SamplingParams, position: int) -> SampledToken:
+        index = splitmix64(params.seed + position * _GOLDEN) % len(self._tokens)
+        if params.logprobs is None:
+            return SampledToken(self._tokens[index])
+        top = tuple((token, self._logprob) for token in self._tokens[: params.logprobs])
+        return SampledToken(self._tokens[index], TokenLogprobs(self._logprob, top))
+
+
+def splitmix64(value: int) -> int:
+    """Mix 64 bits (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+    value = (value + _GOLDEN) & SEED_MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & SEED_MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & SEED_MASK
+    return value ^ (value >> 31)
