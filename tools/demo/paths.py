@@ -11,5 +11,5 @@ def demo_model_directory() -> Path:
 
 
 def draft_model_directory() -> Path:
-    """The directory of the small model with the same tokenizer, which drafts for the bundled one."""
+    """The directory of the small model with the same tokenizer that drafts for the bundled one."""
     return Path(__file__).parent / "draft"

@@ -1,0 +1,139 @@
+"""The training loop of the demo model and of its draft model.
+
+Knows networks and batches; nothing of files but its own progress file, and nothing of text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from understudy.runtime.log import get_logger
+from understudy.tools.demo.batches import Batch, Windows, halve
+from understudy.tools.demo.network import Network, NetworkShape
+from understudy.tools.demo.optimizer import TwinOptimizer
+
+log = get_logger()
+
+# Cores share their caches better when a step's rows pass the network few at a time.
+TOKENS_PER_PASS = 2048
+PROGRESS_EVERY_STEPS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """Everything that decides what a network becomes, besides its data."""
+
+    shape: NetworkShape
+    steps: int
+    windows_per_step: int
+    matrix_rate: float
+    other_rate: float
+    warmup_steps: int
+    decay_share: float
+    short_share: float
+    short_halvings: int
+    seed: int
+
+    def rate_share(self, step: int) -> float:
+        """The share of the peak learning rate in `step`: warm-up, plateau, linear decay to nothing.
+
+        The plateau (Hu et al., 2024, MiniCPM) makes a run's length a late decision.
+        """
+        warmup = min(1.0, (step + 1) / self.warmup_steps)
+        decay = (self.steps - step) / (self.decay_share * self.steps)
+        return min(warmup, decay, 1.0)
+
+    def halvings(self, step: int) -> int:
+        """How often windows are halved in `step`: attention over short rows costs less."""
+        return self.short_halvings if step < self.short_share * self.steps else 0
+
+
+Loss = Callable[[Tensor, Batch], Tensor]
+
+
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats per token of `logits` [row, position, vocab_size]."""
+    return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+
+
+class DistillationLoss:
+    """Cross-entropy against a teacher's distribution (Hinton et al., 2015), at temperature one.
+
+    A draft is accepted when it says what the target says, not when it says what the text says;
+    so the draft model learns from the target.
+    """
+
+    def __init__(self, teacher: Network) -> None:
+        self._teacher = teacher
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean loss in nats per token of `logits` [row, position, vocab_size]."""
+        with torch.no_grad():
+            wanted = self._teacher(batch.inputs).softmax(dim=-1)
+        return functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+
+
+def train(
+    plan: TrainingPlan, windows: Windows, *, loss: Loss, name: str, progress_file: Path
+) -> Network:
+    """Train a network as `plan` says; a `progress_file` of the same plan is gone on with.
+
+    The result is the same with and without an interruption.
+    """
+    network = Network(plan.shape, generator=torch.Generator().manual_seed(plan.seed))
+    optimizer = TwinOptimizer(network, matrix_rate=plan.matrix_rate, other_rate=plan.other_rate)
+    first_step = _restore(progress_file, network, optimizer)
+    batches = windows.batches(windows_per_step=plan.windows_per_step, first_step=first_step)
+    smoothed = float("nan")
+    started = time.process_time()
+    for step in range(first_step, plan.steps):
+        value = _step(network, halve(next(batches), times=plan.halvings(step)), loss)
+        optimizer.step(plan.rate_share(step))
+        smoothed = value if step == first_step else 0.95 * smoothed + 0.05 * value
+        done = step + 1
+        if done % 10 == 0 or done == plan.steps:
+            cpu_s = round(time.process_time() - started, 1)
+            log.info("trained", network=name, step=done, loss=round(smoothed, 3), cpu_s=cpu_s)
+        if done % PROGRESS_EVERY_STEPS == 0:
+            _save(progress_file, network, optimizer, step=done)
+    return network
+
+
+def _step(network: Network, batch: Batch, loss: Loss) -> float:
+    """Accumulate the gradients of one batch; its mean loss."""
+    rows_per_pass = max(1, TOKENS_PER_PASS // batch.inputs.shape[1])
+    rows = batch.inputs.shape[0]
+    total = 0.0
+    for start in range(0, rows, rows_per_pass):
+        inputs = batch.inputs[start : start + rows_per_pass]
+        part = Batch(inputs, batch.targets[start : start + rows_per_pass])
+        value = loss(network(inputs), part) * (inputs.shape[0] / rows)
+        value.backward()  # type: ignore[no-untyped-call]
+        total += value.item()
+    return total
+
+
+def _save(path: Path, network: Network, optimizer: TwinOptimizer, *, step: int) -> None:
+    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state()}
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
+
+
+def _restore(path: Path, network: Network, optimizer: TwinOptimizer) -> int:
+    """Load the state in `path` if there is one; the step to go on with."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    network.load_state_dict(state["network"])
+    optimizer.load_state(state["optimizer"])
+    step = int(state["step"])
+    log.info("resumed", file=str(path), step=step)
+    return step
