@@ -19,7 +19,7 @@ _GOLDEN: Final = 0x9E3779B97F4A7C15
 
 
 class EchoRunner:
-    """Draws uniformly from the vocabulary less its reserved ids; a step takes ``step_s``."""
+    """Draws uniformly from the vocabulary less its reserved ids, a step every ``step_s``."""
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class EchoRunner:
         self._tokens = [token for token in range(vocab_size) if token not in set(reserved)]
         self._logprob = -math.log(len(self._tokens))
         self._step_s = step_s
-        self._step_ends_at = 0.0
 
     def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
         """Draw a token for each sequence that samples, and let the step's time pass."""
@@ -43,11 +42,12 @@ class EchoRunner:
             if sequence.num_computed_tokens + num_tokens == sequence.num_tokens
         }
         if self._step_s:
-            # Paced from the end of the step before, so that the rate holds whatever the work
-            # between two steps costs.
+            # Steps end at whole multiples of step_s on the clock: the rate holds whatever the work
+            # between two steps costs, and a client on the same machine can tell how long a token
+            # was under way. A step that begins on a multiple, up to rounding, is a whole one.
             now = self._clock.now()
-            self._step_ends_at = max(self._step_ends_at + self._step_s, now)
-            self._clock.sleep(self._step_ends_at - now)
+            steps = math.floor(now / self._step_s + 1e-3) + 1
+            self._clock.sleep(steps * self._step_s - now)
         return drawn
 
     def _draw(self, params: SamplingParams, position: int) -> SampledToken:
