@@ -1,0 +1,216 @@
+"""Processes as data, and the ground they stand on: restarts, parents, the run directory.
+
+Starts nothing by itself; ``understudy.actors.launcher`` does. Knows no actor and no message.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import stat
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from understudy.protocol.errors import ConfigurationError
+
+LAUNCHER_LOCK: Final = "launcher.lock"
+SUPERVISOR_LOCK: Final = "supervisor.lock"
+
+_PR_SET_PDEATHSIG: Final = 1
+_LOCK_POLL_S: Final = 0.02
+_LOCK_BYTES_MAX: Final = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """How often a process may die, and how long its successor waits.
+
+    More than ``deaths_max`` deaths within ``window_s`` and it stays down (the restart intensity
+    of Erlang/OTP's supervisors). A first death is answered at once, because most deaths are
+    single. Each further one waits twice as long as the one before, until a process has lived for
+    ``window_s``: so one that takes its time to fail does not fail for ever at full speed.
+    """
+
+    deaths_max: int = 3
+    window_s: float = 60.0
+    backoff_s: float = 1.0
+    backoff_max_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """One process of the topology: what to run, and what to do when it dies."""
+
+    name: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    """Variables set for it beside those of its parent."""
+    restart: RestartPolicy
+
+
+class RestartHistory:
+    """Decides, death by death, when a process may start again. Reads no clock."""
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self.restarts = 0
+        self._policy = policy
+        self._deaths: deque[float] = deque()
+        self._failures = 0
+        self._started_at = 0.0
+
+    def delay_after_death(self, now: float, *, jitter: float) -> float | None:
+        """Seconds until the next start; ``None``: it died too often and stays down.
+
+        Args:
+            now: the time of the death, in seconds of any clock that never goes back.
+            jitter: 0 to 1, drawn evenly; spreads the restarts of processes that die together
+                over the second half of the back-off.
+        """
+        assert 0.0 <= jitter <= 1.0
+        policy = self._policy
+        while self._deaths and now - self._deaths[0] > policy.window_s:
+            self._deaths.popleft()
+        self._deaths.append(now)
+        if len(self._deaths) > policy.deaths_max:
+            return None
+        self.restarts += 1
+        if now - self._started_at > policy.window_s:
+            self._failures = 0
+        self._failures += 1
+        delay_s = 0.0
+        if self._failures > 1:
+            # The exponent is bounded for the sake of the float, not of the result.
+            backoff_s = policy.backoff_s * 2.0 ** min(self._failures - 2, 64)
+            delay_s = min(backoff_s, policy.backoff_max_s) * (0.5 + jitter / 2)
+        self._started_at = now + delay_s
+        return delay_s
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends, in whatever way (prctl(2)).
+
+    The parent may have died before the call took hold; nobody would tell us then, so look.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepare_run_directory(run_dir: Path) -> None:
+    """Make the directory of sockets and locks, for this user alone.
+
+    Raises:
+        ConfigurationError: it cannot be made, is no directory, or is open to others; a socket in
+            it would then be open to them, too.
+    """
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = run_dir.lstat()
+    except OSError as error:
+        raise ConfigurationError(f"run directory {run_dir}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigurationError(f"run directory {run_dir}: not a directory")
+    if found.st_uid != os.geteuid():
+        raise ConfigurationError(
+            f"run directory {run_dir}: belongs to user {found.st_uid}, not {os.geteuid()}"
+        )
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        raise ConfigurationError(
+            f"run directory {run_dir}: open to other users (mode {mode:o}); chmod 700 it"
+        )
+
+
+class LockHeld(Exception):
+    """Another process holds the lock; ``pid`` is its number, if it could be read."""
+
+    def __init__(self, path: Path, pid: int | None) -> None:
+        super().__init__(f"{path} is held by process {pid}")
+        self.path = path
+        self.pid = pid
+
+
+class Lock:
+    """A lock file that names its holder. The kernel releases it when the holder ends (flock(2))."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    @classmethod
+    def acquire(cls, path: Path, *, timeout_s: float) -> Lock:
+        """Take the lock and write our pid into it.
+
+        Waits a little: a reader of ``lock_holder`` has the lock for a moment, and a process that
+        was killed just now gives it back only when the kernel has ended it.
+
+        Raises:
+            LockHeld: somebody else has it.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        deadline = time.monotonic() + timeout_s
+        while not _try_lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() >= deadline:
+                holder = _read_pid(descriptor)
+                os.close(descriptor)
+                raise LockHeld(path, holder)
+            time.sleep(_LOCK_POLL_S)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        return cls(path, descriptor)
+
+    def release(self) -> None:
+        """Give the lock back. The file stays: removing it would let two holders in."""
+        os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+
+class Holder(NamedTuple):
+    """Who holds a lock; ``pid`` is ``None`` in the moment before it is written."""
+
+    pid: int | None
+
+
+def lock_holder(path: Path) -> Holder | None:
+    """Who holds the lock, or ``None`` if nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        if _try_lock(descriptor, fcntl.LOCK_SH):
+            return None
+        return Holder(_read_pid(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale_socket(path: Path, lock: Lock) -> None:
+    """Remove the socket that a dead predecessor left. Only the holder of the lock may do so."""
+    assert lock.path.parent == path.parent
+    path.unlink(missing_ok=True)
+
+
+def _try_lock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in {errno.EWOULDBLOCK, errno.EACCES}:
+            return False
+        raise
+    return True
+
+
+def _read_pid(descriptor: int) -> int | None:
+    written = os.pread(descriptor, _LOCK_BYTES_MAX, 0).strip()
+    return int(written) if written.isdigit() else None
