@@ -8,7 +8,8 @@ without matrix units compute slower than float32, hence this one.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from concurrent.futures import Executor
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 # The quintic of the Muon article: its slope at nothing is steep, so few iterations are enough.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+MOMENTUM = 0.95
+WEIGHT_DECAY = 0.01
 
 
 class TwinOptimizer:
@@ -24,12 +27,8 @@ class TwinOptimizer:
     def __init__(self, network: nn.Module, *, matrix_rate: float, other_rate: float) -> None:
         weights = [(name, weight) for name, weight in network.named_parameters()]
         self._others = [w for name, w in weights if w.dim() != 2 or "embed" in name]
-        grouped: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-        for name, weight in weights:
-            if weight.dim() == 2 and "embed" not in name:
-                grouped[weight.shape].append(weight)
-        self._groups = list(grouped.values())
-        self._momenta = [torch.zeros(len(g), *g[0].shape) for g in self._groups]
+        self._matrices = [w for name, w in weights if w.dim() == 2 and "embed" not in name]
+        self._momenta = [torch.zeros_like(matrix) for matrix in self._matrices]
         self._matrix_rate = matrix_rate
         self._other_rate = other_rate
         self._adam = torch.optim.AdamW(
@@ -37,22 +36,30 @@ class TwinOptimizer:
         )
 
     @torch.no_grad()
-    def step(self, share: float, *, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
-        """Apply the gradients at `share` of the peak rates, and clear them."""
-        for weights, memory in zip(self._groups, self._momenta, strict=True):
-            gradients = torch.stack([_gradient(weight) for weight in weights])
-            memory.lerp_(gradients, 1 - momentum)
-            update = orthogonalise(gradients.lerp(memory, momentum))
-            rows, columns = update.shape[-2:]
-            rate = share * self._matrix_rate
-            scaled = rate * max(1.0, rows / columns) ** 0.5
-            for weight, change in zip(weights, update, strict=True):
-                weight.mul_(1 - rate * weight_decay).add_(change, alpha=-scaled)
-                weight.grad = None
+    def step(self, share: float, pool: Executor) -> None:
+        """Apply the gradients at `share` of the peak rates, and clear them.
+
+        The matrices are independent of each other; the workers of `pool` share them out.
+        """
+        rate = share * self._matrix_rate
+        moves = pool.map(self._step_matrix, self._matrices, self._momenta, repeat(rate))
+        for _ in moves:
+            pass
         for group in self._adam.param_groups:
             group["lr"] = share * self._other_rate
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _step_matrix(self, matrix: nn.Parameter, memory: Tensor, rate: float) -> None:
+        gradient = matrix.grad
+        assert isinstance(gradient, Tensor)
+        memory.lerp_(gradient, 1 - MOMENTUM)
+        change = orthogonalise(gradient.lerp(memory, MOMENTUM))
+        rows, columns = change.shape
+        scaled_rate = rate * max(1.0, rows / columns) ** 0.5
+        matrix.mul_(1 - rate * WEIGHT_DECAY).add_(change, alpha=-scaled_rate)
+        matrix.grad = None
 
     def state(self) -> dict[str, object]:
         """What `load_state` needs to go on as if nothing had happened."""
@@ -67,18 +74,12 @@ class TwinOptimizer:
         self._adam.load_state_dict(adam)
 
 
-def _gradient(weight: nn.Parameter) -> Tensor:
-    gradient = weight.grad
-    assert isinstance(gradient, Tensor)
-    return gradient
-
-
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest matrices to `matrices` [count, rows, columns] with singular values about one."""
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """The nearest matrix to `matrix` [rows, columns] whose singular values are about one."""
     first, third, fifth = QUINTIC
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    current = matrices.mT if tall else matrices
-    current = current / (current.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = matrix.shape[0] > matrix.shape[1]
+    current = matrix.mT if tall else matrix
+    current = current / (current.norm() + 1e-7)
     for _ in range(ITERATIONS):
         product = current @ current.mT
         polynomial = third * product + fifth * (product @ product)

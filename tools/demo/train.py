@@ -1,8 +1,8 @@
 """Train the bundled demo model and its draft model: `python -m understudy.tools.demo.train`.
 
 Tokenizer, model and draft model come from the standard library's sources on this machine, without
-the network. Seeds and the number of threads are fixed, so a second run on the same machine and the
-same Python release gives the same files.
+the network. All seeds are fixed, so a second run on the same kind of processor and with the same
+releases of Python and torch gives the same files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from understudy.tools.demo.vocabulary import (
     train_tokenizer,
 )
 
-THREADS = 2
+WORKERS = 2
 PARTS = ("tokenizer", "model", "draft", "report")
 
 SAMPLE_TOKENS_MAX = 120
@@ -205,7 +205,14 @@ class Workshop:
             seed=plan.seed,
         )
         progress_file = self._output / f"{directory.name}.progress"
-        network = train(plan, windows, loss=loss, name=directory.name, progress_file=progress_file)
+        network = train(
+            plan,
+            windows,
+            loss=loss,
+            name=directory.name,
+            progress_file=progress_file,
+            workers=WORKERS,
+        )
         write_checkpoint(network, tokenizer, directory)
         progress_file.unlink(missing_ok=True)
         self._note(directory.name, {"parameters": network.num_parameters()})
@@ -218,7 +225,7 @@ class Workshop:
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+            "workers": WORKERS,
             "files": len(files),
             "files_held_out": len(self._corpus.held_out),
             "bytes": sum(len(file.text.encode()) for file in files),
@@ -249,7 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     configure_logging("training")
-    torch.set_num_threads(THREADS)
+    # Workers compute on one core each, and their number leaves the result as it is.
+    torch.set_num_threads(1)
     parts = [part for part in PARTS if part in options.parts]
     options.output.mkdir(parents=True, exist_ok=True)
     Workshop(BUNDLED, read_corpus(), options.output).run(parts)

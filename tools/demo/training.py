@@ -1,5 +1,9 @@
 """The training loop of the demo model and of its draft model.
 
+A step's rows are shared out in small passes among worker threads, each of which computes on one
+core; the gradients are added up in the order of the passes. So the weights do not depend on the
+number of workers, and a core that is busy with something else hardly holds up the other one.
+
 Knows networks and batches; nothing of files but its own progress file, and nothing of text.
 """
 
@@ -7,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +26,7 @@ from understudy.tools.demo.optimizer import TwinOptimizer
 
 log = get_logger()
 
-# Cores share their caches better when a step's rows pass the network few at a time.
-TOKENS_PER_PASS = 2048
+TOKENS_PER_PASS = 1024
 PROGRESS_EVERY_STEPS = 50
 
 
@@ -81,11 +85,17 @@ class DistillationLoss:
 
 
 def train(
-    plan: TrainingPlan, windows: Windows, *, loss: Loss, name: str, progress_file: Path
+    plan: TrainingPlan,
+    windows: Windows,
+    *,
+    loss: Loss,
+    name: str,
+    progress_file: Path,
+    workers: int,
 ) -> Network:
     """Train a network as `plan` says; a `progress_file` of the same plan is gone on with.
 
-    The result is the same with and without an interruption.
+    The result is the same with and without an interruption, and for any number of `workers`.
     """
     network = Network(plan.shape, generator=torch.Generator().manual_seed(plan.seed))
     optimizer = TwinOptimizer(network, matrix_rate=plan.matrix_rate, other_rate=plan.other_rate)
@@ -93,30 +103,41 @@ def train(
     batches = windows.batches(windows_per_step=plan.windows_per_step, first_step=first_step)
     smoothed = float("nan")
     started = time.process_time()
-    for step in range(first_step, plan.steps):
-        value = _step(network, halve(next(batches), times=plan.halvings(step)), loss)
-        optimizer.step(plan.rate_share(step))
-        smoothed = value if step == first_step else 0.95 * smoothed + 0.05 * value
-        done = step + 1
-        if done % 10 == 0 or done == plan.steps:
-            cpu_s = round(time.process_time() - started, 1)
-            log.info("trained", network=name, step=done, loss=round(smoothed, 3), cpu_s=cpu_s)
-        if done % PROGRESS_EVERY_STEPS == 0:
-            _save(progress_file, network, optimizer, step=done)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for step in range(first_step, plan.steps):
+            batch = halve(next(batches), times=plan.halvings(step))
+            value = _accumulate(network, batch, loss, pool)
+            optimizer.step(plan.rate_share(step), pool)
+            smoothed = value if step == first_step else 0.95 * smoothed + 0.05 * value
+            done = step + 1
+            if done % 10 == 0 or done == plan.steps:
+                cpu_s = round(time.process_time() - started, 1)
+                log.info("trained", network=name, step=done, loss=round(smoothed, 3), cpu_s=cpu_s)
+            if done % PROGRESS_EVERY_STEPS == 0:
+                _save(progress_file, network, optimizer, step=done)
     return network
 
 
-def _step(network: Network, batch: Batch, loss: Loss) -> float:
-    """Accumulate the gradients of one batch; its mean loss."""
-    rows_per_pass = max(1, TOKENS_PER_PASS // batch.inputs.shape[1])
+def _accumulate(network: Network, batch: Batch, loss: Loss, pool: Executor) -> float:
+    """Give every weight the gradient of the mean loss of `batch`; that loss."""
+    weights = list(network.parameters())
     rows = batch.inputs.shape[0]
-    total = 0.0
-    for start in range(0, rows, rows_per_pass):
+    rows_per_pass = max(1, TOKENS_PER_PASS // batch.inputs.shape[1])
+
+    def pass_rows(start: int) -> tuple[float, tuple[Tensor, ...]]:
         inputs = batch.inputs[start : start + rows_per_pass]
         part = Batch(inputs, batch.targets[start : start + rows_per_pass])
         value = loss(network(inputs), part) * (inputs.shape[0] / rows)
-        value.backward()  # type: ignore[no-untyped-call]
-        total += value.item()
+        return value.item(), torch.autograd.grad(value, weights)
+
+    total = 0.0
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    for value, gradients in pool.map(pass_rows, range(0, rows, rows_per_pass)):
+        total += value
+        for weight, gradient in zip(weights, gradients, strict=True):
+            assert weight.grad is not None
+            weight.grad.add_(gradient)
     return total
 
 

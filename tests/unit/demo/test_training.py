@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from understudy.tools.demo.network import Network
 from understudy.tools.demo.train import Preset
 from understudy.tools.demo.training import (
     DistillationLoss,
+    Loss,
     TrainingPlan,
     next_token_loss,
     train,
@@ -28,12 +28,17 @@ def windows(preset: Preset) -> Windows:
     return Windows(documents, separator=0, length=preset.context_length, seed=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def train_quietly(
+    plan: TrainingPlan,
+    windows: Windows,
+    progress_file: Path,
+    *,
+    loss: Loss = next_token_loss,
+    workers: int = 1,
+) -> Network:
+    return train(
+        plan, windows, loss=loss, name="test", progress_file=progress_file, workers=workers
+    )
 
 
 class Interrupted(Exception):
@@ -41,10 +46,7 @@ class Interrupted(Exception):
 
 
 def test_training_learns_a_regular_text(preset: Preset, windows: Windows, tmp_path: Path) -> None:
-    progress_file = tmp_path / "progress"
-    network = train(
-        preset.model, windows, loss=next_token_loss, name="model", progress_file=progress_file
-    )
+    network = train_quietly(preset.model, windows, tmp_path / "progress")
     fresh = Network(preset.model.shape, generator=torch.Generator().manual_seed(1))
     batch = next(windows.batches(windows_per_step=4, first_step=100))
     with torch.no_grad():
@@ -67,14 +69,23 @@ def test_an_interrupted_training_ends_with_the_same_weights(
             raise Interrupted
         return next_token_loss(logits, batch)
 
-    whole = train(
-        plan, windows, loss=next_token_loss, name="whole", progress_file=tmp_path / "whole"
-    )
+    whole = train_quietly(plan, windows, tmp_path / "whole")
     halves = tmp_path / "halves"
     with pytest.raises(Interrupted):
-        train(plan, windows, loss=failing_loss, name="halves", progress_file=halves)
-    resumed = train(plan, windows, loss=next_token_loss, name="halves", progress_file=halves)
+        train_quietly(plan, windows, halves, loss=failing_loss)
+    assert halves.exists()
+    resumed = train_quietly(plan, windows, halves)
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_number_of_workers_changes_no_weight(
+    preset: Preset, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "TOKENS_PER_PASS", 32)
+    alone = train_quietly(preset.model, windows, tmp_path / "alone")
+    shared = train_quietly(preset.model, windows, tmp_path / "shared", workers=3)
+    for one, other in zip(alone.parameters(), shared.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
