@@ -151,8 +151,9 @@ class Scheduler:
             return None
         scheduled: list[ScheduledSequence] = []
         preempted = self._continue_running(scheduled)
-        if not preempted:
-            self._start_waiting(scheduled)
+        # Who was just preempted heads the queue and wants more blocks than it gave back, so nobody
+        # starts in a step that preempts.
+        self._start_waiting(scheduled)
         assert scheduled or not self._sequences, "a step must bring someone forward"
         self._step += 1
         self._plan = StepPlan(self._step, tuple(scheduled), preempted)

@@ -131,11 +131,26 @@ def test_a_step_mixes_sequences_that_decode_with_prompts_that_catch_up() -> None
 
 
 def test_the_budget_is_never_exceeded_when_more_sequences_run_than_it_has_tokens() -> None:
-    scheduler = make_scheduler(budget=2)
+    scheduler = make_scheduler(budget=3)
     for request_id in (1, 2, 3):
         scheduler.add(make_sequence(request_id, prompt_length=1, max_tokens=3))
-    finished = [row.request_id for row in run_to_end(scheduler) if row.finish]
-    assert finished == [1, 2, 3]
+    run_step(scheduler)
+    scheduler.add(make_sequence(4, prompt_length=2, max_tokens=3))
+    assert shares(schedule(scheduler)) == {1: 1, 2: 1, 3: 1}
+    assert [row.request_id for row in run_to_end(scheduler) if row.finish] == [1, 2, 3, 4]
+
+
+def test_sequences_for_which_no_budget_is_left_keep_their_blocks_and_come_later() -> None:
+    scheduler = make_scheduler(budget=4, num_blocks=4, block_size=4)
+    scheduler.add(make_sequence(1, prompt_length=3, max_tokens=3, priority=1))
+    run_step(scheduler)
+    scheduler.add(make_sequence(2, prompt_length=8, max_tokens=1))
+    assert shares(schedule(scheduler)) == {1: 1, 2: 3}
+    run_step(scheduler)
+    plan = schedule(scheduler)
+    assert shares(plan) == {2: 4}
+    assert (plan.preempted, scheduler.num_running) == ((), 2)
+    assert [row.request_id for row in run_to_end(scheduler) if row.finish] == [2, 1]
 
 
 def test_no_more_sequences_run_than_there_are_places() -> None:

@@ -43,6 +43,10 @@ def next_token(request: Request, position: int) -> int:
     return token
 
 
+def urgency(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.arrival
+
+
 class End(Enum):
     NOT_YET = auto()
     CANCELLED = auto()
@@ -260,6 +264,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_steps_without_row = 0 if rows else self.num_steps_without_row + 1
         self.check_progress()
 
+    @rule(data=st.data())
+    def cancel_in_mid_step(self, data: st.DataObject) -> None:
+        self.schedule()
+        self.cancel(data)
+        self.update()
+
+    @rule(data=st.data(), newer_by=st.integers(-1, 2))
+    def add_again_in_mid_step(self, data: st.DataObject, newer_by: int) -> None:
+        self.schedule()
+        self.add_again(data, newer_by)
+        self.update()
+
     @rule(num_steps=st.integers(1, 12))
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
@@ -288,8 +304,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert granted[sequence.request_id] == uncomputed, "budget is left for it"
         for request_id in plan.preempted:
             self.num_preempted += 1
-            assert request_id not in granted
-            assert not self.newest[request_id].sequence.block_table
+            victim = self.newest[request_id].sequence
+            assert not victim.block_table
+            assert all(urgency(sequence) < urgency(victim) for sequence in running)
 
     def check_row(self, row: TokenRow) -> None:
         attempt = self.attempts[row.request_id, row.attempt]
