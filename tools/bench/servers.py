@@ -1,0 +1,168 @@
+"""Servers under test as processes: start them, learn their address and processor time, stop them.
+
+A run owns what it starts: leaving the context ends every process of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from understudy.tools.bench.client import Target
+
+START_TIMEOUT_S: Final = 60.0
+STOP_TIMEOUT_S: Final = 10.0
+ROLES: Final = ("gateway", "supervisor", "engine")
+_CLI: Final = (sys.executable, "-m", "understudy.tools.cli")
+_BARE: Final = (sys.executable, "-m", "understudy.tools.bench.bare_server")
+
+
+class ServerFailed(Exception):
+    """A server under test did not come up; the text says what it said."""
+
+
+class Server(NamedTuple):
+    """One running server."""
+
+    name: str
+    target: Target
+    pid: int
+    """The first process; the others descend from it."""
+
+    def cpu_s_by_role(self) -> dict[str, float]:
+        """Processor seconds used so far by its processes: by role, several engines together."""
+        used: dict[str, float] = {}
+        for pid in _family(self.pid):
+            # A process may end between being listed and being read.
+            with contextlib.suppress(OSError):
+                role = _role(pid)
+                used[role] = used.get(role, 0.0) + _cpu_s(pid)
+        return used
+
+
+@contextlib.contextmanager
+def bare_server(name: str, *, tokens_per_s: float) -> Iterator[Server]:
+    """Run the bare aiohttp server for as long as the context lasts.
+
+    Raises:
+        ServerFailed: It did not come up.
+    """
+    command = [*_BARE, f"--tokens-per-s={tokens_per_s}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            if not address:
+                raise ServerFailed(f"{name}: the process ended with status {process.wait()}")
+            yield Server(name, Target.parse(f"http://{address}"), process.pid)
+        finally:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def echo_cluster(name: str, *, num_engines: int, tokens_per_s: float) -> Iterator[Server]:
+    """Run ``understudy start --engine echo`` for as long as the context lasts.
+
+    Raises:
+        ServerFailed: It did not come up within START_TIMEOUT_S.
+    """
+    # The directory holds a socket, whose path must be short.
+    with tempfile.TemporaryDirectory(prefix="us-") as scratch:
+        run_dir = Path(scratch) / "run"
+        log = Path(scratch) / "log"
+        command = [
+            *_CLI,
+            "start",
+            "--config=/dev/null",
+            "--engine=echo",
+            f"--run-dir={run_dir}",
+            "--port=0",
+            f"--data-parallel-size={num_engines}",
+            f"--echo-tokens-per-s={tokens_per_s}",
+        ]
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(command, stdout=output, stderr=output) as process,
+        ):
+            try:
+                address = _await_address(process, run_dir, num_engines)
+                if address is None:
+                    said = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                    raise ServerFailed(f"{name} did not come up: {' '.join(command)}\n{said}")
+                yield Server(name, Target.parse(f"http://{address}"), process.pid)
+            finally:
+                _stop(process)
+
+
+def _await_address(process: subprocess.Popen[bytes], run_dir: Path, num_engines: int) -> str | None:
+    """The gateway's address once all engines serve; None if that does not come about."""
+    command = [*_CLI, "status", "--json", f"--run-dir={run_dir}"]
+    give_up_at = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < give_up_at:
+        answer = subprocess.run(command, capture_output=True, check=False, timeout=START_TIMEOUT_S)
+        address = serving_address(answer.stdout, num_engines) if not answer.returncode else None
+        if address is not None:
+            return address
+        time.sleep(0.2)
+    return None
+
+
+def serving_address(status_json: bytes, num_engines: int) -> str | None:
+    """Read ``understudy status --json``: the gateway's address if all engines serve, else None."""
+    try:
+        status: Any = msgspec.json.decode(status_json)
+        serving = sum(engine["state"] == "serving" for engine in status["engines"])
+        addresses = [str(gateway["address"]) for gateway in status["gateways"]]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return None
+    return addresses[0] if serving == num_engines and addresses and addresses[0] else None
+
+
+def _stop(process: subprocess.Popen[Any]) -> None:
+    """End the server in order, or by force: what it started ends with it."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all its descendants, from /proc (proc(5))."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                children.setdefault(int(_stat(int(entry.name))[1]), []).append(int(entry.name))
+    family = [pid]
+    for member in family:
+        family += children.get(member, [])
+    return family
+
+
+def _stat(pid: int) -> Sequence[str]:
+    """The fields of /proc/<pid>/stat after the command's name: state, parent, ..."""
+    text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    return text.rpartition(")")[2].split()
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process, in steps of 10 ms."""
+    fields = _stat(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _role(pid: int) -> str:
+    """What a process's command line calls it: one of ROLES, or ``other``."""
+    words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    return next((role for role in ROLES if role in words), "other")
