@@ -61,14 +61,21 @@ def encode(envelope: Envelope, message: Message) -> bytes:
     """Pack a message into a frame.
 
     Raises:
-        ProtocolError: the frame would be larger than a receiver accepts.
+        ProtocolError: no receiver would accept the frame.
     """
     kind: type = type(message)
     body = _fields_reader(kind)(message)
     header = (PROTOCOL_VERSION, *envelope, tag_of(kind))
-    frame = cast("bytes", msgpack.packb(header + body))
+    try:
+        frame = cast("bytes", msgpack.packb(header + body))
+    except (OverflowError, ValueError) as error:
+        raise ProtocolError(f"{kind.__name__} cannot be packed: {error}") from error
     if len(frame) > FRAME_BYTES_MAX:
         raise ProtocolError(f"{kind.__name__} of {len(frame)} bytes exceeds {FRAME_BYTES_MAX}")
+    if len(frame) > min(ARRAY_LENGTH_MAX, TEXT_BYTES_MAX):
+        # Only a frame this big can hold an array or a text beyond its limit. Once in a session it
+        # would be refused and sent again for ever, and nothing behind it would be delivered.
+        decode(frame)
     return frame
 
 
@@ -95,13 +102,13 @@ def decode(frame: bytes) -> Frame:
     if type(values) is not tuple or len(values) < _HEADER_LENGTH:
         raise ProtocolError("a frame is an array with a header")
     version, sender, epoch, seq, ack, tag = values[:_HEADER_LENGTH]
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {version!r} is not {PROTOCOL_VERSION}")
-    kind = MESSAGE_TYPES.get(tag) if type(tag) is int else None
-    if kind is None:
-        raise ProtocolError(f"unknown tag {tag!r}")
-    if type(sender) is not str or set(map(type, (epoch, seq, ack))) != {int}:
+    if type(sender) is not str or set(map(type, (version, epoch, seq, ack, tag))) != {int}:
         raise ProtocolError("malformed envelope")
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {version} is not {PROTOCOL_VERSION}")
+    kind = MESSAGE_TYPES.get(tag)
+    if kind is None:
+        raise ProtocolError(f"unknown tag {tag}")
     if min(epoch, seq, ack) < 0:
         raise ProtocolError("malformed envelope")
     try:
