@@ -101,12 +101,11 @@ class TokenRow(NamedTuple):
 def extend_prefix_hash(prefix_hash: int, tokens: tuple[int, ...] | list[int]) -> int:
     """Extend the hash of an output by further tokens (32-bit FNV-1a over token ids).
 
-    Start from ``prefix_hash=0`` for an empty output. It guards against mistakes and stale
-    engines, not against an adversary.
+    Start from ``prefix_hash=0`` for an empty output: the algorithm's start value is folded in, so
+    that the hash of an output is the same however it was cut into steps. It guards against
+    mistakes and stale engines, not against an adversary.
     """
-    if not tokens:
-        return prefix_hash
-    value = prefix_hash or _HASH_START
+    value = prefix_hash ^ _HASH_START
     for token in tokens:
         value = ((value ^ token) * _HASH_PRIME) & 0xFFFFFFFF
-    return value
+    return value ^ _HASH_START
