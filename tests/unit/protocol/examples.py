@@ -1,0 +1,99 @@
+"""One message of each class, with every field set, and every kind of nesting somewhere."""
+
+from __future__ import annotations
+
+from understudy.protocol.messages import (
+    Accepted,
+    Assign,
+    Cancel,
+    Capacity,
+    ClusterState,
+    Deliver,
+    Dying,
+    EngineStatus,
+    Failed,
+    Fenced,
+    GatewayStatus,
+    Heartbeat,
+    Hello,
+    Message,
+    ProcessExited,
+    Pulse,
+    Refused,
+    Rejected,
+    Resend,
+    Role,
+    StatusReply,
+    StatusRequest,
+    StepOutput,
+    Submit,
+    Welcome,
+)
+from understudy.protocol.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    TokenRow,
+)
+
+PARAMS = SamplingParams(
+    seed=2**64 - 1,
+    max_tokens=128,
+    min_tokens=2,
+    temperature=0.5,
+    top_k=40,
+    top_p=0.75,
+    min_p=0.125,
+    repetition_penalty=1.5,
+    presence_penalty=-0.5,
+    frequency_penalty=0.25,
+    logit_bias=((7, -2.0), (8, 100.0)),
+    stop_token_ids=(1, 2),
+    logprobs=2,
+)
+REQUEST = Request(
+    request_id=2**63 - 1,
+    group_id=2**62,
+    prompt=(1, 300, 70_000),
+    params=PARAMS,
+    priority=-3,
+    traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+)
+ROWS = (
+    TokenRow(11, 1, 0, (5, 6), 0xDEADBEEF, 0),
+    TokenRow(
+        12,
+        2,
+        9,
+        (7,),
+        0x01020304,
+        FinishReason.STOP,
+        (TokenLogprobs(-0.5, ((7, -0.5), (8, -1.25))),),
+    ),
+)
+ENGINE = EngineStatus("engine-0", "serving", 41, 5, 1, 2, 3, 4, 100, 128, 999, 0.25)
+GATEWAY = GatewayStatus("gateway-0", 42, "127.0.0.1:8000", 6, 0.125)
+
+EXAMPLES: tuple[Message, ...] = (
+    Hello(Role.ENGINE, "engine-0", 4321, 7, "demo", "h:1", Capacity(8, 2048, 512, 16)),
+    Welcome(2**40),
+    Fenced(2**40),
+    Pulse(),
+    Resend(1000),
+    Heartbeat(10, "step", 0.125, 500, 3, 1),
+    Dying("told to stop"),
+    ProcessExited("engine-0", 4321, -9, 2),
+    ClusterState(2, 3, 2048, True),
+    Submit(REQUEST),
+    Accepted(11),
+    Rejected(11, "overloaded", "full", 1.5),
+    Deliver(ROWS, "engine-0"),
+    Failed(11, "internal_error", "lost"),
+    Cancel(11),
+    Assign(REQUEST, 2, (5, 6)),
+    StepOutput(10, ROWS),
+    Refused(11, 2, "internal_error", "no"),
+    StatusRequest(),
+    StatusReply("demo", 60.5, (ENGINE,), (GATEWAY,), 1, 2, 3, 4, 5, 6, 7),
+)
