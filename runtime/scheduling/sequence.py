@@ -67,7 +67,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_tokens_max = self.num_prompt_tokens + request.params.max_tokens
         self.block_table: list[int] = []
-        self.prefix_hash = extend_prefix_hash(0, output) if output else 0
+        self.prefix_hash = extend_prefix_hash(0, output)
         self.arrival = 0
         self.status = SequenceStatus.WAITING
 

@@ -251,15 +251,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.plan is None:
             return
         plan, self.plan = self.plan, None
-        still_here = [s for s, _ in plan.scheduled if s.status is SequenceStatus.RUNNING]
-        computed = {s.request_id: s.num_computed_tokens for s in still_here}
+        marks = [
+            (sequence, sequence.num_computed_tokens + num_tokens)
+            for sequence, num_tokens in plan.scheduled
+            if sequence.status is SequenceStatus.RUNNING
+        ]
         rows = self.scheduler.update(plan, self.sampled)
         for row in rows:
             self.check_row(row)
-        for sequence, num_tokens in plan.scheduled:
-            if sequence.request_id in computed and sequence in still_here:
-                moved = sequence.num_computed_tokens - computed[sequence.request_id]
-                assert moved == num_tokens
+        assert all(sequence.num_computed_tokens == mark for sequence, mark in marks)
         assert all(a.end is not End.CANCELLED for a in self.attempts.values())
         self.num_steps_without_row = 0 if rows else self.num_steps_without_row + 1
         self.check_progress()
@@ -313,8 +313,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert attempt.end in {End.NOT_YET, End.CANCELLED}, "one end, and nothing after it"
         assert row.position == len(attempt.output)
         attempt.output += row.tokens
-        whole_hash = extend_prefix_hash(0, attempt.output) if attempt.output else 0
-        assert row.prefix_hash == whole_hash
+        assert row.prefix_hash == extend_prefix_hash(0, attempt.output)
         reported = row.tokens if attempt.request.params.logprobs is not None else ()
         assert [logprobs.chosen for logprobs in row.logprobs] == [-float(t) for t in reported]
         assert attempt.output == attempt.expected[: len(attempt.output)]
