@@ -47,9 +47,9 @@ class EventParser:
         """
         if (
             not self._carry
-            and payload.startswith(b"data:")
             and payload.find(b"\n\n") == len(payload) - 2
             and payload.find(b"\r") < 0
+            and (payload.startswith(b"data:") or payload.find(b"\ndata:") >= 0)
         ):
             # One whole event and nothing else, as a token mostly comes.
             return [payload[:-2]]

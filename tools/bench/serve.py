@@ -35,11 +35,6 @@ EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_UNAVAILABLE: Final = 69
 
-EXAMPLE: Final = """\
-example:
-  understudy bench serve --concurrency 64 --prompt-length 64-256 --output-length 128 --duration 30
-"""
-
 
 class Unreachable(Exception):
     """The server cannot be reached or does not say which model it serves."""
@@ -48,8 +43,6 @@ class Unreachable(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``understudy bench serve``."""
     parser.description = "Load a server with streaming requests and measure it."
-    parser.epilog = EXAMPLE
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     server = parser.add_argument_group("server")
     server.add_argument(
         "--base-url", default=DEFAULT_BASE_URL, metavar="URL", help="default: %(default)s"
