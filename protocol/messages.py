@@ -152,6 +152,8 @@ class Resend:
     """The receiver of a session misses the message with this ``seq``."""
 
     seq: int
+    count: int = 1
+    """How many it misses in a row, as far as it has looked."""
 
 
 @message(5, datagram=True)

@@ -15,7 +15,6 @@ which was given up for dead from being heard again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import islice
 from typing import Final, NamedTuple
 
 from understudy.protocol.codec import Envelope, decode, encode
@@ -69,6 +68,10 @@ class Session:
         self._unacked_bytes = 0
         self._resend_at: float | None = None
         self._resend_after_s = RESEND_AFTER_S
+        # What the peer did not acknowledge in time reaches to _lost_to, and was sent again up to
+        # _resent_to.
+        self._resent_to = 0
+        self._lost_to = 0
         self._received = 0
         self._early: dict[int, Message] = {}
         self._ack_at: float | None = None
@@ -113,7 +116,13 @@ class Session:
             _, frame = self._unacked.popitem(last=False)
             self._unacked_bytes -= len(frame)
         self._resend_after_s = RESEND_AFTER_S
-        self._resend_at = now + self._resend_after_s if self._unacked else None
+        if not self._unacked:
+            self._resend_at = None
+        elif self._resent_to <= ack < self._lost_to:
+            # It has all that was sent again, so it is ready for more of what was lost.
+            self._resend_at = now
+        else:
+            self._resend_at = now + self._resend_after_s
 
     def receive(self, seq: int, message: Message, now: float) -> list[Message]:
         """Take in a sequenced message; gives what may be delivered now, in order."""
@@ -138,9 +147,14 @@ class Session:
         frames = []
         if self._early and now >= self._gap_reported_at + GAP_REPORT_EVERY_S:
             self._gap_reported_at = now
-            frames.append(self.datagram(Resend(self._received + 1)))
+            frames.append(self.datagram(Resend(self._received + 1, self._gap_length())))
         if self._resend_at is not None and now >= self._resend_at:
-            frames += islice(self._unacked.values(), RESEND_FRAMES_MAX)
+            first = next(iter(self._unacked))
+            if not self._resent_to < first <= self._lost_to:
+                self._lost_to = self._next_seq - 1
+            again = self.resend(first, RESEND_FRAMES_MAX)
+            self._resent_to = first + len(again) - 1
+            frames += again
             self._resend_after_s = min(2 * self._resend_after_s, RESEND_AFTER_MAX_S)
             self._resend_at = now + self._resend_after_s
         if self._ack_at is not None and now >= self._ack_at:
@@ -148,10 +162,15 @@ class Session:
             self._acknowledged()
         return frames
 
-    def resend(self, seq: int) -> list[bytes]:
-        """The frame that the peer says it misses, if it is still kept."""
-        frame = self._unacked.get(seq)
-        return [] if frame is None else [frame]
+    def resend(self, seq: int, count: int) -> list[bytes]:
+        """Frames that the peer misses, so far as they are still kept."""
+        seqs = range(seq, seq + min(count, RESEND_FRAMES_MAX))
+        return [self._unacked[seq] for seq in seqs if seq in self._unacked]
+
+    def _gap_length(self) -> int:
+        """How many messages are missing in a row, at most as many as would be sent again."""
+        seqs = range(self._received + 1, self._received + 1 + RESEND_FRAMES_MAX)
+        return next((n for n, seq in enumerate(seqs) if seq in self._early), RESEND_FRAMES_MAX)
 
     def _acknowledged(self) -> None:
         """Note that a frame with the latest acknowledgement is on its way."""
@@ -217,8 +236,9 @@ class SessionTable:
         if envelope.seq > 0:
             return [Received(peer, ready) for ready in session.receive(envelope.seq, message, now)]
         if isinstance(message, Resend):
-            self._answers += [Outgoing(peer, frame) for frame in session.resend(message.seq)]
-            self.resent += 1
+            frames = session.resend(message.seq, message.count)
+            self._answers += [Outgoing(peer, frame) for frame in frames]
+            self.resent += len(frames)
             return []
         if not is_datagram(type(message)):
             self.malformed += 1

@@ -80,7 +80,7 @@ EXAMPLES: tuple[Message, ...] = (
     Welcome(2**40),
     Fenced(2**40),
     Pulse(),
-    Resend(1000),
+    Resend(1000, 64),
     Heartbeat(10, "step", 0.125, 500, 3, 1),
     Dying("told to stop"),
     ProcessExited("engine-0", 4321, -9, 2),
