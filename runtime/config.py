@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from understudy.runtime.settings import SETTINGS, SUPERVISOR_SOCKET, Settings
+from understudy.runtime.settings import SUPERVISOR_SOCKET, Settings
 
 T = TypeVar("T")
 
 NO_FILE: Final = "/dev/null"
 """As ``--config``: read no configuration file."""
 
-_SECONDS: Final = {"start_timeout": "start_timeout_s", "shutdown_timeout": "shutdown_timeout_s"}
-"""Fields that are named for their unit, where the flag keeps the name that users know."""
+_SECONDS: Final = frozenset({"start_timeout", "shutdown_timeout"})
+"""Settings whose flag keeps the name that users know, while the field is named for its unit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,8 @@ class GatewayConfig:
     """Where the tokenizer and the chat template are."""
     served_model_name: str
     max_model_len: int | None
+    shutdown_timeout_s: float
+    """How long open streams may go on when the gateway is told to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,12 +136,18 @@ def arguments_of(config: SupervisorConfig | EngineConfig | GatewayConfig) -> lis
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is not None:
-            arguments.append(f"--{field.name.replace('_', '-')}={value}")
+            name = _setting_name(field.name)
+            arguments.append(f"--{name.replace('_', '-')}={value}")
     return arguments
 
 
 def _build(kind: type[T], settings: Settings, **given: Any) -> T:
     """Make a configuration from the settings that have its fields' names."""
-    values = {_SECONDS.get(name, name): settings.values[name] for name in SETTINGS} | given
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    return kind(**{field.name: values[field.name] for field in fields})
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    values = {name: settings.values[_setting_name(name)] for name in names if name not in given}
+    return kind(**values, **given)
+
+
+def _setting_name(field_name: str) -> str:
+    bare = field_name.removesuffix("_s")
+    return bare if bare in _SECONDS else field_name

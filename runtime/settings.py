@@ -13,12 +13,10 @@ reported together, so that an operator mends a configuration once.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
-import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -27,6 +25,7 @@ from understudy.protocol.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX: Final = "UNDERSTUDY_"
 SYSTEM_CONFIG: Final = Path("/etc/understudy/config.toml")
+BUNDLED_NAME: Final = "understudy-demo"
 SUPERVISOR_SOCKET: Final = "supervisor.sock"
 SOCKET_PATH_BYTES_MAX: Final = 107
 """``sun_path`` of a unix socket holds 108 bytes, of which one ends the string (unix(7))."""
@@ -50,6 +49,7 @@ class Setting:
     parse: Parse
     default: Any
     help: str
+    metavar: str
     group: str | None = None
 
     @property
@@ -76,6 +76,24 @@ class Settings(NamedTuple):
 
     values: Mapping[str, Any]
     origins: Mapping[str, str]
+
+
+class Source(NamedTuple):
+    """What one source gives: values by setting name, unchecked."""
+
+    origin: str
+    """``flag``, ``environment``, or a file's path."""
+    given: Mapping[str, Any]
+
+    def place(self, name: str) -> str:
+        """Where in this source the setting stands, for a message about it."""
+        match self.origin:
+            case "flag":
+                return SETTINGS[name].flag
+            case "environment":
+                return SETTINGS[name].variable
+            case file:
+                return f"{file}: {name.replace('_', '-')}"
 
 
 def text(value: Any) -> str:
@@ -155,59 +173,51 @@ def choice(*choices: str) -> Parse:
 
     def parse(value: Any) -> str:
         if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}{hint}")
+            near = did_you_mean(str(value), choices)
+            raise ValueError(f"expected one of {', '.join(choices)}, got {value!r}{near}")
         return str(value)
 
     return parse
 
 
-_MODEL = "Model"
-_CLUSTER = "Cluster"
-_LIMITS = "Batching and memory"
+_MODEL: Final = "model"
+_CLUSTER: Final = "cluster"
+_MEMORY: Final = "batch and memory"
 
-SETTINGS: Final[Mapping[str, Setting]] = {
-    setting.name: setting
-    for setting in (
-        Setting("model", path, None, "directory of the model (default: the bundled one)", _MODEL),
-        Setting("served_model_name", text, None, "name of the model at the API", _MODEL),
-        Setting(
-            "dtype",
-            choice("auto", "float32", "bfloat16"),
-            "auto",
-            "number format of weights and KV cache",
-        ),
-        Setting("max_model_len", integer(1, 1 << 24), None, "longest prompt + answer", _MODEL),
-        Setting("engine", choice("model", "echo"), "model", "model, or echo: no model", _CLUSTER),
-        Setting("data_parallel_size", integer(1, 64), 1, "number of engine processes", _CLUSTER),
-        Setting("host", text, "127.0.0.1", "address to listen on", _CLUSTER),
-        Setting("port", integer(0, 65535), 8000, "port to listen on; 0: a free one", _CLUSTER),
-        Setting("run_dir", run_directory, None, "directory of sockets and the lock", _CLUSTER),
-        Setting("max_num_seqs", integer(1, 4096), 64, "sequences in one step", _LIMITS),
-        Setting(
-            "gpu_memory_utilization",
-            number(0.01, 1.0),
-            0.9,
-            "share of a GPU's memory that an engine may use",
-        ),
-        Setting("kv_cache_memory", memory, None, "bytes for each engine's KV cache", _LIMITS),
-        Setting("max_num_batched_tokens", integer(1, 1 << 20), 2048, "tokens in one step"),
-        Setting("block_size", integer(1, 1024), 16, "tokens in one KV block"),
-        Setting("numerics", choice("fast"), "fast", "class of numerics"),
-        Setting("device", choice("auto", "cpu", "cuda"), "auto", "device of the engines"),
-        Setting("threads", integer(1, 1024), None, "threads of each engine (default: a share)"),
-        Setting(
-            "echo_tokens_per_s",
-            number(0, 1e9),
-            0.0,
-            "rate of each stream of the echo engine; 0: as fast as it can",
-        ),
-        Setting("queue_max", integer(1, 1 << 20), 1024, "requests that may wait for an engine"),
-        Setting("start_timeout", number(1, 86400), 600.0, "seconds to become ready at start"),
-        Setting("shutdown_timeout", number(0, 86400), 30.0, "seconds for running streams at stop"),
-    )
-}
+_ALL: Final = (
+    Setting("model", path, None, "directory of the model; default: the bundled one", "DIR", _MODEL),
+    Setting("served_model_name", text, None, "its name at the API", "NAME", _MODEL),
+    Setting("max_model_len", integer(1, 1 << 24), None, "longest prompt and answer", "N", _MODEL),
+    Setting(
+        "engine",
+        choice("model", "echo"),
+        "model",
+        "model, or echo: no model at all",
+        "KIND",
+        _CLUSTER,
+    ),
+    Setting("data_parallel_size", integer(1, 64), 1, "number of engines", "N", _CLUSTER),
+    Setting("host", text, "127.0.0.1", "address to listen on", "H", _CLUSTER),
+    Setting("port", integer(0, 65535), 8000, "port to listen on; 0: a free one", "P", _CLUSTER),
+    Setting("run_dir", run_directory, None, "directory of sockets and locks", "DIR", _CLUSTER),
+    Setting("max_num_seqs", integer(1, 4096), 64, "sequences in one step", "N", _MEMORY),
+    Setting("kv_cache_memory", memory, None, "KV cache of each engine, as 2GiB", "SIZE", _MEMORY),
+    Setting("max_num_batched_tokens", integer(1, 1 << 20), 2048, "tokens in one step", "N"),
+    Setting("block_size", integer(1, 1024), 16, "tokens in one KV block", "N"),
+    Setting("dtype", choice("auto", "float32", "bfloat16"), "auto", "format of weights", "TYPE"),
+    Setting("numerics", choice("fast"), "fast", "class of numerics", "CLASS"),
+    Setting("device", choice("auto", "cpu", "cuda"), "auto", "device of the engines", "KIND"),
+    Setting(
+        "gpu_memory_utilization", number(0.01, 1.0), 0.9, "share of a GPU that an engine uses", "X"
+    ),
+    Setting("threads", integer(1, 1024), None, "threads of an engine; default: its share", "N"),
+    Setting("echo_tokens_per_s", number(0, 1e9), 0.0, "rate of an echo's stream; 0: no limit", "X"),
+    Setting("queue_max", integer(1, 1 << 20), 1024, "requests that may wait", "N"),
+    Setting("start_timeout", number(1, 86400), 600.0, "seconds to become ready", "S"),
+    Setting("shutdown_timeout", number(0, 86400), 30.0, "seconds for streams at the end", "S"),
+)
+
+SETTINGS: Final[Mapping[str, Setting]] = {setting.name: setting for setting in _ALL}
 
 
 def default_run_directory(environ: Mapping[str, str], *, uid: int) -> Path:
@@ -220,7 +230,11 @@ def default_run_directory(environ: Mapping[str, str], *, uid: int) -> Path:
 
 
 def resolve(
-    *, flags: Mapping[str, str], environ: Mapping[str, str], defaults: Defaults
+    *,
+    flags: Mapping[str, str],
+    environ: Mapping[str, str],
+    defaults: Defaults,
+    only: Collection[str] | None = None,
 ) -> Settings:
     """Find a value for every setting.
 
@@ -228,46 +242,52 @@ def resolve(
         flags: texts of the flags that were given, by setting name; also ``config``.
         environ: the process's environment.
         defaults: defaults that depend on the machine.
+        only: the settings that matter; what is wrong elsewhere is then no problem, so that a
+            mistake in a file does not hide how a running cluster is.
 
     Raises:
         ConfigurationError: with every problem of every source.
     """
-    problems: list[str] = []
-    sources: list[tuple[str, Mapping[str, Any]]] = [
-        *_read_files(flags.get("config") or environ.get("UNDERSTUDY_CONFIG"), problems),
-        ("environment", _read_environment(environ, problems)),
-        ("flag", {name: value for name, value in flags.items() if name != "config"}),
+    strays: list[str] = []
+    sources = [
+        *_read_files(flags.get("config") or environ.get("UNDERSTUDY_CONFIG"), strays),
+        _read_environment(environ, strays),
+        Source("flag", {name: value for name, value in flags.items() if name != "config"}),
     ]
+    problems = strays if only is None else []
     values: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
     values |= defaults._asdict()
     origins = dict.fromkeys(values, "default")
-    for origin, given in sources:
-        for name, value in given.items():
-            setting = SETTINGS[name]
-            place = {"environment": setting.variable, "flag": setting.flag}.get(
-                origin, f"{origin}: {name.replace('_', '-')}"
-            )
+    for source in sources:
+        for name, value in source.given.items():
+            if only is not None and name not in only:
+                continue
             try:
-                values[name] = setting.parse(value)
+                values[name] = SETTINGS[name].parse(value)
             except ValueError as error:
-                problems.append(f"{place}: {error}")
-            origins[name] = origin if origin != "environment" else setting.variable
+                problems.append(f"{source.place(name)}: {error}")
+            origins[name] = source.place(name) if source.origin == "environment" else source.origin
     if values["served_model_name"] is None:
-        bundled = values["model"] == defaults.model
-        values["served_model_name"] = "understudy-demo" if bundled else values["model"].name
+        is_bundled = values["model"] == defaults.model
+        values["served_model_name"] = BUNDLED_NAME if is_bundled else values["model"].name
     if problems:
         raise ConfigurationError(*problems)
     return Settings(values, origins)
 
 
-def _read_files(chosen: str | None, problems: list[str]) -> list[tuple[str, Mapping[str, Any]]]:
+def _read_files(chosen: str | None, problems: list[str]) -> list[Source]:
     """The tables of the configuration files, weakest first."""
     if chosen is not None:
         files: Sequence[Path] = [Path(chosen).expanduser()]
     else:
         parts = sorted(SYSTEM_CONFIG.parent.joinpath("conf.d").glob("*.toml"))
         files = [file for file in (SYSTEM_CONFIG, *parts) if file.exists()]
-    tables = []
+    sources: list[Source] = []
+    if not files:
+        return sources
+    # Imported when there is something to read: it would double the time of this module's import.
+    import tomllib
+
     for file in files:
         try:
             table = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -276,8 +296,8 @@ def _read_files(chosen: str | None, problems: list[str]) -> list[tuple[str, Mapp
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             problems.append(f"{file}: not TOML: {error}")
         else:
-            tables.append((str(file), _known(table, str(file), problems)))
-    return tables
+            sources.append(Source(str(file), _known(table, str(file), problems)))
+    return sources
 
 
 def _known(table: Mapping[str, Any], file: str, problems: list[str]) -> Mapping[str, Any]:
@@ -295,7 +315,7 @@ def _known(table: Mapping[str, Any], file: str, problems: list[str]) -> Mapping[
     return known
 
 
-def _read_environment(environ: Mapping[str, str], problems: list[str]) -> Mapping[str, str]:
+def _read_environment(environ: Mapping[str, str], problems: list[str]) -> Source:
     """The settings in the environment, by name.
 
     Kubernetes puts ``UNDERSTUDY_PORT=tcp://10.0.0.1:8000`` and its like into every pod beside a
@@ -313,10 +333,12 @@ def _read_environment(environ: Mapping[str, str], problems: list[str]) -> Mappin
         else:
             near = did_you_mean(variable, variables)
             problems.append(f"environment: unknown variable {variable}{near}")
-    return known
+    return Source("environment", known)
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of an error message: the known word that looks most like the unknown one, if any."""
+    import difflib
+
     near = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -5,7 +5,6 @@ Starts nothing by itself; ``understudy.actors.launcher`` does. Knows no actor an
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -98,6 +97,8 @@ def die_with_parent(parent_pid: int) -> None:
 
     The parent may have died before the call took hold; nobody would tell us then, so look.
     """
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         code = ctypes.get_errno()
