@@ -1,0 +1,99 @@
+"""One actor alone in the foreground: for the launcher, for systemd, or for a look at it.
+
+Whatever ends it is one clear message, on stderr and, if a launcher asked, in a file for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.exit_status import ExitStatus
+from understudy.runtime.kit.process import (
+    SUPERVISOR_LOCK,
+    Lock,
+    LockHeld,
+    die_with_parent,
+    prepare_run_directory,
+    remove_stale_socket,
+)
+from understudy.tools.configuration import settle
+
+_LOCK_WAIT_S = 5.0
+"""A supervisor that was killed just now holds its lock until the kernel has ended it."""
+
+
+def run_actor(
+    role: str,
+    name: str,
+    flags: Mapping[str, str],
+    *,
+    parent_pid: int | None,
+    last_words: Path | None,
+) -> int:
+    """Run the actor until it is told to stop; gives its exit status."""
+    if parent_pid is not None:
+        die_with_parent(parent_pid)
+    from understudy.runtime.log import configure_logging, get_logger
+
+    configure_logging(name)
+    try:
+        return _RUN[role](name, flags)
+    except ConfigurationError as error:
+        return _end(ExitStatus.CONFIG, str(error), last_words)
+    except LockHeld as error:
+        message = f"a supervisor already runs in {error.path.parent} (process {error.pid})"
+        return _end(ExitStatus.UNAVAILABLE, message, last_words)
+    except Exception as error:  # noqa: BLE001 - the outermost frame of this process
+        get_logger().exception("crashed")
+        return _end(
+            ExitStatus.FAILED, f"{name} crashed: {type(error).__name__}: {error}", last_words
+        )
+
+
+def _run_supervisor(_name: str, flags: Mapping[str, str]) -> int:
+    from understudy.actors.main import run_supervisor
+    from understudy.runtime.config import supervisor_config
+
+    config = supervisor_config(settle(flags))
+    prepare_run_directory(config.run_dir)
+    lock = Lock.acquire(config.run_dir / SUPERVISOR_LOCK, timeout_s=_LOCK_WAIT_S)
+    remove_stale_socket(config.socket, lock)
+    try:
+        return run_supervisor(config)
+    finally:
+        lock.release()
+
+
+def _run_engine(name: str, flags: Mapping[str, str]) -> int:
+    from understudy.actors.main import run_engine
+    from understudy.runtime.config import engine_config
+
+    config = engine_config(settle(flags), name=name)
+    prepare_run_directory(config.run_dir)
+    return run_engine(config)
+
+
+def _run_gateway(name: str, flags: Mapping[str, str]) -> int:
+    from understudy.actors.main import run_gateway
+    from understudy.runtime.config import gateway_config
+
+    config = gateway_config(settle(flags), name=name)
+    prepare_run_directory(config.run_dir)
+    return run_gateway(config)
+
+
+_RUN: Mapping[str, Callable[[str, Mapping[str, str]], int]] = {
+    "supervisor": _run_supervisor,
+    "engine": _run_engine,
+    "gateway": _run_gateway,
+}
+
+
+def _end(status: int, message: str, last_words: Path | None) -> int:
+    print(message, file=sys.stderr, flush=True)
+    if last_words is not None:
+        last_words.write_text(message, encoding="utf-8")
+    return status

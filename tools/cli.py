@@ -1,0 +1,289 @@
+"""The ``understudy`` command: reads its arguments and hands over to what does the work.
+
+``understudy status`` has to answer in less than 200 ms, and most of that is imports: so this
+module imports next to nothing, and each command imports what it needs when it runs.
+
+Data goes to stdout, messages go to stderr. Exit statuses: 0 done, 1 failed, 2 wrong usage,
+69 unavailable, 75 try again, 78 wrong configuration; ``status`` has its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.exit_status import ExitStatus
+from understudy.runtime.settings import SETTINGS
+
+_EVERY_SETTING: Final = tuple(SETTINGS)
+_SUPERVISOR_SETTINGS: Final = ("run_dir", "served_model_name", "queue_max")
+_GATEWAY_SETTINGS: Final = (
+    "run_dir",
+    "host",
+    "port",
+    "model",
+    "served_model_name",
+    "max_model_len",
+    "shutdown_timeout",
+)
+_NOT_AN_ENGINES: Final = frozenset(
+    {"data_parallel_size", "host", "port", "queue_max", "start_timeout", "shutdown_timeout"}
+)
+_ENGINE_SETTINGS: Final = tuple(name for name in SETTINGS if name not in _NOT_AN_ENGINES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser(words[:1]).parse_args(words)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except ConfigurationError as error:
+        for problem in error.problems:
+            print(f"understudy: {problem}", file=sys.stderr)
+        return ExitStatus.CONFIG
+    except KeyboardInterrupt:
+        return ExitStatus.INTERRUPTED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command: its help, and the functions that add its arguments and run it."""
+
+    help: str
+    example: str
+    add: Callable[[argparse.ArgumentParser], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help starts with an example, which most readers need and nothing more."""
+
+    def __init__(self, *, example: str = "", **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self._example = example
+
+    def format_help(self) -> str:
+        return f"example: {self._example}\n\n{super().format_help()}"
+
+
+def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the chosen command only: others need not be imported."""
+    parser = _Parser(
+        prog="understudy",
+        example="understudy start --model ~/models/Qwen2.5-0.5B-Instruct",
+        description="Serve a language model with actors that stand in for one another.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and end")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        child = commands.add_parser(
+            name, help=command.help, description=command.help + ".", example=command.example
+        )
+        if name in chosen:
+            command.add(child)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Shows the version of the installed package, which takes a while to find."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"understudy {version('understudy')}")
+        parser.exit()
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Add the flags of these settings, under their headings; those without one are not shown."""
+    groups: dict[str, Any] = {}
+    for name in names:
+        setting = SETTINGS[name]
+        place: Any = parser
+        if setting.group is not None:
+            if setting.group not in groups:
+                groups[setting.group] = parser.add_argument_group(setting.group)
+            place = groups[setting.group]
+        shown = setting.help
+        if setting.default is not None:
+            shown += f" ({setting.default})"
+        place.add_argument(
+            setting.flag,
+            dest=name,
+            metavar=setting.metavar,
+            help=argparse.SUPPRESS if setting.group is None else shown,
+        )
+    parser.add_argument("--config", metavar="FILE", help="read this TOML file, not /etc/understudy")
+
+
+def flags_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The settings that were given as flags."""
+    given = {name: getattr(arguments, name, None) for name in (*SETTINGS, "config")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser, _EVERY_SETTING)
+    parser.epilog = "More settings, for TOML and the environment: understudy config show."
+    parser.add_argument(
+        "--detach", action="store_true", help="go on in the background once it is ready"
+    )
+
+    def run(arguments: argparse.Namespace) -> int:
+        from understudy.tools.start import start
+
+        return start(flags_of(arguments), is_detached=arguments.detach)
+
+    parser.set_defaults(run=run)
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser, ["run_dir"])
+
+    def run(arguments: argparse.Namespace) -> int:
+        from understudy.tools.control import stop
+
+        return stop(flags_of(arguments))
+
+    parser.set_defaults(run=run)
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser, ["run_dir"])
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.epilog = "Exit status: 0 serving, 1 degraded, 3 not running, 4 unknown."
+
+    def run(arguments: argparse.Namespace) -> int:
+        from understudy.tools.control import status
+
+        return status(flags_of(arguments), as_json=arguments.json)
+
+    parser.set_defaults(run=run)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = actions.add_parser(
+        "show", help="every setting, as TOML", example="understudy config show"
+    )
+    _add_settings(show, _EVERY_SETTING)
+    show.add_argument("--origin", action="store_true", help="say where each value comes from")
+    check = actions.add_parser(
+        "check", help="look for mistakes and end with 78 on any", example="understudy config check"
+    )
+    _add_settings(check, _EVERY_SETTING)
+
+    def run_show(arguments: argparse.Namespace) -> int:
+        from understudy.tools.configuration import show
+
+        return show(flags_of(arguments), with_origin=arguments.origin)
+
+    def run_check(arguments: argparse.Namespace) -> int:
+        from understudy.tools.configuration import check
+
+        return check(flags_of(arguments))
+
+    show.set_defaults(run=run_show)
+    check.set_defaults(run=run_check)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stay", action="store_true", help="go on serving after the answer")
+
+    def run(arguments: argparse.Namespace) -> int:
+        from understudy.tools.demonstration import demonstrate
+
+        return demonstrate(stays=arguments.stay)
+
+    parser.set_defaults(run=run)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from understudy.tools.bench import serve
+
+    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    child = kinds.add_parser(
+        "serve",
+        help="load a running server and measure it",
+        example="understudy bench serve --concurrency 16",
+    )
+    serve.add_arguments(child)
+    child.set_defaults(run=serve.run)
+
+
+def _actor(role: str, settings: Sequence[str]) -> Callable[[argparse.ArgumentParser], None]:
+    """What adds the arguments of a command that is one actor in the foreground."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        _add_settings(parser, settings)
+        if role != "supervisor":
+            parser.add_argument(
+                "--name", default=f"{role}-0", help=f"its name in the cluster ({role}-0)"
+            )
+        # For the launcher, which starts this command: whose death it shall not outlive, and
+        # where to leave its last message.
+        parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
+        parser.add_argument("--last-words", type=Path, help=argparse.SUPPRESS)
+
+        def run(arguments: argparse.Namespace) -> int:
+            from understudy.tools.actor import run_actor
+
+            return run_actor(
+                role,
+                getattr(arguments, "name", role),
+                flags_of(arguments),
+                parent_pid=arguments.parent_pid,
+                last_words=arguments.last_words,
+            )
+
+        parser.set_defaults(run=run)
+
+    return add
+
+
+COMMANDS: Final = {
+    "start": Command(
+        help="start a supervisor, engines and a gateway on this machine",
+        example="understudy start --model ~/models/Qwen2.5-0.5B-Instruct --data-parallel-size 2",
+        add=_add_start,
+    ),
+    "stop": Command(help="let streams finish, then stop", example="understudy stop", add=_add_stop),
+    "status": Command(help="say how it is", example="understudy status --json", add=_add_status),
+    "demo": Command(
+        help="start two engines, stream a completion, show who serves it, and stop",
+        example="understudy demo",
+        add=_add_demo,
+    ),
+    "bench": Command(
+        help="measure", example="understudy bench serve --concurrency 16", add=_add_bench
+    ),
+    "config": Command(
+        help="show or check the configuration",
+        example="understudy config show --origin",
+        add=_add_config,
+    ),
+    "supervisor": Command(
+        help="run a supervisor alone, in the foreground",
+        example="understudy supervisor --run-dir /run/understudy",
+        add=_actor("supervisor", _SUPERVISOR_SETTINGS),
+    ),
+    "engine": Command(
+        help="run one engine alone, in the foreground",
+        example="understudy engine --name engine-0 --run-dir /run/understudy",
+        add=_actor("engine", _ENGINE_SETTINGS),
+    ),
+    "gateway": Command(
+        help="run one gateway alone, in the foreground",
+        example="understudy gateway --name gateway-0 --port 8000",
+        add=_actor("gateway", _GATEWAY_SETTINGS),
+    ),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
