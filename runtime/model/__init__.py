@@ -1,0 +1,1 @@
+"""Everything that touches torch: layers, KV tensors, the sampler, the model runner."""

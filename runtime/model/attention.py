@@ -1,0 +1,390 @@
+"""Attention over the paged KV cache, in plain torch.
+
+A step's flat batch mixes sequences that add one token with sequences that add many. Each is a
+*span* of rows, and all that a span needs is where its context lies. Two ways lead through it:
+
+* spans of one token (decoding) are put side by side, by padded length of their contexts, so that a
+  whole group costs as few calls as one sequence;
+* a longer span (a chunk of a prompt) gathers its context once and cuts its rows into blocks, each
+  of which sees the context up to its own last token.
+
+Query heads that share a key-value head are rows of one product: with ``group`` query heads a token
+is ``group`` rows, and grouped-query attention needs no copies of keys and values::
+
+    query [tokens, kv_heads · group, head_dim]  →  [kv_heads, tokens · group, head_dim]
+
+Canonical attention
+-------------------
+Under exact numerics a row's bits must not depend on how many other rows or how much padding its
+product has. Scores, weights and sums are float32, keys are taken in chunks of ``KEYS_BASE`` from
+the first token on, chunk after chunk; a masked key has a weight of exactly zero, and adding zero
+changes nothing. Row counts and the padding of the last chunk come from a list of sizes of which
+``agreeing_shapes`` has found that they give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
+from torch import Tensor
+
+from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.kv_cache import LayerCache
+from understudy.runtime.model.numerics import ROWS_BASE, Numerics
+
+KEYS_BASE: Final = 512
+"""Keys of a chunk."""
+
+_ROW_SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
+_KEY_SIZES: Final = (32, 64, 128, 256, 512)
+_PROBE_SEED: Final = 0xA77E
+
+
+Indices = npt.NDArray[np.int64]
+
+
+class Span(NamedTuple):
+    """The rows of one sequence in a step's flat batch."""
+
+    start: int
+    """Its first row."""
+    num_tokens: int
+    position: int
+    """Position of its first token; everything before it is in the cache."""
+    block_table: list[int]
+
+
+class Shapes(NamedTuple):
+    """Sizes that a product may be padded to, ascending."""
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+
+    def padded_rows(self, num_rows: int) -> tuple[int, ...]:
+        """Cut rows into blocks of allowed sizes."""
+        largest = self.rows[-1]
+        blocks = [largest] * (num_rows // largest)
+        rest = num_rows % largest
+        if rest:
+            blocks.append(next(size for size in self.rows if size >= rest))
+        return tuple(blocks)
+
+    def padded_keys(self, num_keys: int) -> int:
+        """Round a context up: whole chunks, and a last one of an allowed size.
+
+        Long contexts take coarser sizes, so that a batch falls into few groups.
+        """
+        whole = num_keys // KEYS_BASE * KEYS_BASE
+        rest = num_keys - whole
+        if rest == 0:
+            return whole
+        least = max(rest, min(whole // 8, KEYS_BASE))
+        return whole + next(size for size in self.keys if size >= least)
+
+
+class _HeadRows(NamedTuple):
+    """Where a product's rows come from and go to, as rows of ``[rows · heads, head_dim]``."""
+
+    gather: Tensor
+    """In the query; a row of padding reads another's."""
+    scatter: Tensor
+    """In the output; a row of padding goes to the output's last row, which nobody reads."""
+
+
+class _TokenGroup(NamedTuple):
+    """Spans of one token whose contexts are padded to one length."""
+
+    rows: _HeadRows
+    """``[spans · kv_heads · group, padded]``."""
+    head_slots: Tensor
+    """Where the contexts are, in the cache as ``[slots · kv_heads, head_dim]``."""
+    bias: Tensor
+    """0 for a key of the context, -inf for padding, ``[spans · kv_heads, 1, keys]``."""
+
+
+class _RowBlock(NamedTuple):
+    """Some rows of a longer span, and what they may see."""
+
+    start: int
+    """In the span's ``tokens · group`` rows, padded."""
+    num_rows: int
+    num_keys: int
+    bias: Tensor
+    """``[1, num_rows, num_keys]``."""
+
+
+class _LongSpan(NamedTuple):
+    """A span of several tokens."""
+
+    rows: _HeadRows
+    """``[kv_heads · tokens · group, padded]``."""
+    head_slots: Tensor
+    blocks: tuple[_RowBlock, ...]
+
+
+class AttentionPlan(NamedTuple):
+    """Everything about a step that all layers share."""
+
+    groups: tuple[_TokenGroup, ...]
+    long_spans: tuple[_LongSpan, ...]
+    output: Tensor
+    """``[rows · heads + 1, head_dim]``; each layer fills it anew, the batch's padding stays 0."""
+
+
+class PagedAttention:
+    """The one interface between the transformer and the KV cache's layout."""
+
+    def __init__(
+        self, config: ModelConfig, *, numerics: Numerics, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._num_heads = config.num_heads
+        self._num_kv_heads = config.num_kv_heads
+        self._group_size = config.group_size
+        self._head_dim = config.head_dim
+        self._scale = config.head_dim**-0.5
+        self._dtype = dtype
+        self._device = device
+        self._exact = numerics == "exact"
+        self.shapes = (
+            agreeing_shapes(config.head_dim, device)
+            if self._exact
+            else Shapes(_ROW_SIZES, _KEY_SIZES)
+        )
+
+    def plan(
+        self, spans: Sequence[Span], *, num_rows: int, block_size: int, zero_slot: int
+    ) -> AttentionPlan:
+        """Lay out a step: ``num_rows`` rows, padding included, of which ``spans`` are real."""
+        single: dict[int, list[Span]] = {}
+        long_spans: list[_LongSpan] = []
+        trash = num_rows * self._num_heads
+        for span in spans:
+            num_keys = self.shapes.padded_keys(span.position + span.num_tokens)
+            if span.num_tokens == 1 and self._group_size <= self.shapes.rows[-1]:
+                single.setdefault(num_keys, []).append(span)
+            else:
+                slots = _slots([span], num_keys, block_size, zero_slot)
+                long_spans.append(self._long_span(span, self._head_slots(slots), trash))
+        groups: list[_TokenGroup] = []
+        for num_keys, members in single.items():
+            slots = _slots(members, num_keys, block_size, zero_slot)
+            groups.append(self._token_group(members, num_keys, self._head_slots(slots), trash))
+        output = torch.zeros(trash + 1, self._head_dim, dtype=self._dtype, device=self._device)
+        return AttentionPlan(tuple(groups), tuple(long_spans), output)
+
+    def attend(self, heads: Tensor, cache: LayerCache, plan: AttentionPlan) -> Tensor:
+        """Attend to the cache, which holds the step's own keys and values already.
+
+        Args:
+            heads: ``[rows, heads + kv_heads, head_dim]``, contiguous: queries, then what is no
+                concern of this function.
+            cache: The layer's.
+            plan: The step's.
+
+        Returns:
+            ``[rows, heads · head_dim]``, valid until the next call with this plan.
+        """
+        query = heads.view(-1, self._head_dim)
+        for group in plan.groups:
+            batch = group.bias.shape[0]
+            keys, values = self._context(cache, group.head_slots, batch)
+            rows = query.index_select(0, group.rows.gather).view(batch, -1, self._head_dim)
+            attended = self._kernel(rows, keys, values, group.bias)
+            self._scatter(attended, group.rows, plan.output)
+        for span in plan.long_spans:
+            keys, values = self._context(cache, span.head_slots, self._num_kv_heads)
+            rows = query.index_select(0, span.rows.gather)
+            rows = rows.view(self._num_kv_heads, -1, self._head_dim)
+            blocks = [
+                self._kernel(
+                    rows[:, block.start : block.start + block.num_rows],
+                    keys[:, : block.num_keys],
+                    values[:, : block.num_keys],
+                    block.bias,
+                )
+                for block in span.blocks
+            ]
+            self._scatter(torch.cat(blocks, dim=1), span.rows, plan.output)
+        return plan.output[:-1].view(len(heads), -1)
+
+    def _kernel(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        if self._exact:
+            return canonical_attention(query, keys, values, bias, scale=self._scale)
+        attended = F.scaled_dot_product_attention(
+            query.to(keys.dtype).unsqueeze(0),
+            keys.unsqueeze(0),
+            values.unsqueeze(0),
+            attn_mask=bias.to(keys.dtype).unsqueeze(0),
+            scale=self._scale,
+        )
+        return attended.squeeze(0)
+
+    def _context(self, cache: LayerCache, head_slots: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values as ``[batch, keys, head_dim]``, contiguous."""
+        shape = (batch, -1, self._head_dim)
+        keys = cache.keys.view(-1, self._head_dim).index_select(0, head_slots).view(shape)
+        values = cache.values.view(-1, self._head_dim).index_select(0, head_slots).view(shape)
+        if self._exact:
+            return keys.to(torch.float32), values.to(torch.float32)
+        return keys, values
+
+    def _scatter(self, attended: Tensor, rows: _HeadRows, output: Tensor) -> None:
+        attended = attended.reshape(-1, self._head_dim).to(output.dtype)
+        output.index_copy_(0, rows.scatter, attended)
+
+    def _head_slots(self, slots: Indices) -> Tensor:
+        """Slots ``[spans, keys]``, head by head, as rows of ``[slots · kv_heads, head_dim]``."""
+        heads = np.arange(self._num_kv_heads)[:, None]
+        return torch.from_numpy(slots[:, None] * self._num_kv_heads + heads).flatten()
+
+    def _head_rows(self, starts: Indices, num_tokens: int, num_rows: int, trash: int) -> _HeadRows:
+        """Rows ``[spans, kv_heads, num_rows]`` of spans of equal length, from their first rows."""
+        rows = np.arange(num_rows)
+        is_real = rows < num_tokens * self._group_size
+        tokens, members = np.divmod(np.where(is_real, rows, 0), self._group_size)
+        heads = np.arange(self._num_kv_heads)[:, None] * self._group_size + members
+        tokens = starts[:, None, None] + tokens
+        all_heads = self._num_heads + self._num_kv_heads
+        gather = torch.from_numpy(tokens * all_heads + heads)
+        scatter = torch.from_numpy(np.where(is_real, tokens * self._num_heads + heads, trash))
+        return _HeadRows(gather.flatten().to(self._device), scatter.flatten().to(self._device))
+
+    def _token_group(
+        self, spans: Sequence[Span], num_keys: int, head_slots: Tensor, trash: int
+    ) -> _TokenGroup:
+        num_rows = self._group_size
+        if self._exact:
+            num_rows = self.shapes.padded_rows(num_rows)[0]
+        starts = np.array([span.start for span in spans])
+        lengths = np.array([span.position + 1 for span in spans])
+        allowed = np.arange(num_keys) < lengths.repeat(self._num_kv_heads)[:, None, None]
+        return _TokenGroup(
+            self._head_rows(starts, 1, num_rows, trash),
+            head_slots.to(self._device),
+            _bias(torch.from_numpy(allowed)).to(self._device),
+        )
+
+    def _long_span(self, span: Span, head_slots: Tensor, trash: int) -> _LongSpan:
+        num_rows = span.num_tokens * self._group_size
+        sizes = self.shapes.padded_rows(num_rows) if self._exact else (num_rows,)
+        blocks: list[_RowBlock] = []
+        start = 0
+        for size in sizes:
+            # Rows of padding see what the last row sees, so that none sees nothing.
+            rows = torch.arange(start, start + size).clamp_(max=num_rows - 1)
+            positions = span.position + rows // self._group_size
+            num_keys = self.shapes.padded_keys(int(positions[-1]) + 1)
+            allowed = torch.arange(num_keys) <= positions[:, None]
+            blocks.append(_RowBlock(start, size, num_keys, _bias(allowed[None]).to(self._device)))
+            start += size
+        head_rows = self._head_rows(np.array([span.start]), span.num_tokens, start, trash)
+        return _LongSpan(head_rows, head_slots.to(self._device), tuple(blocks))
+
+
+def canonical_attention(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *, scale: float
+) -> Tensor:
+    """Softmax attention in a fixed order of additions, all float32.
+
+    Args:
+        query: ``[batch, rows, head_dim]``.
+        keys: ``[batch, keys, head_dim]``; ``values`` alike.
+        values: Finite wherever ``bias`` is -inf.
+        bias: Added to the scores; broadcasts to ``[batch, rows, keys]``.
+        scale: Multiplies the scores.
+
+    Returns:
+        ``[batch, rows, head_dim]``.
+    """
+    bias_chunks = _chunks(bias, dim=2)
+    scores = [
+        torch.baddbmm(bias_chunk, query, chunk.transpose(1, 2), alpha=scale)
+        for bias_chunk, chunk in zip(bias_chunks, _chunks(keys, dim=1), strict=True)
+    ]
+    # The maximum is exact in any order, so the chunks need no running one.
+    peak = scores[0].amax(dim=2, keepdim=True)
+    for chunk in scores[1:]:
+        peak = torch.maximum(peak, chunk.amax(dim=2, keepdim=True))
+    value_chunks = _chunks(values, dim=1)
+    weights = scores[0].sub_(peak).exp_()
+    total = weights.sum(dim=2, keepdim=True)
+    output = torch.bmm(weights, value_chunks[0])
+    for chunk, value_chunk in zip(scores[1:], value_chunks[1:], strict=True):
+        weights = chunk.sub_(peak).exp_()
+        total += weights.sum(dim=2, keepdim=True)
+        output.baddbmm_(weights, value_chunk)
+    return output.div_(total)
+
+
+def agreeing_shapes(head_dim: int, device: torch.device) -> Shapes:
+    """Try canonical attention in every size; keep those that agree with the base sizes."""
+    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    num_rows, num_keys = _ROW_SIZES[-1], 2 * KEYS_BASE
+    batch = 3
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    query = random(batch, num_rows, head_dim)
+    keys, values = random(batch, num_keys, head_dim), random(batch, num_keys, head_dim)
+
+    def attend(batch: int, rows: int, length: int, padded: int) -> Tensor:
+        """The first ``rows`` rows over ``length`` keys, in tiles of ``rows``."""
+        allowed = (torch.arange(padded, device=device) < length).expand(batch, 1, padded)
+        zeros = torch.zeros(batch, padded - length, head_dim, device=device)
+        return canonical_attention(
+            query[:batch, :rows],
+            torch.cat((keys[:batch, :length], zeros), dim=1),
+            torch.cat((values[:batch, :length], zeros), dim=1),
+            _bias(allowed),
+            scale=head_dim**-0.5,
+        )
+
+    def agrees(rows: int, key_size: int, length: int) -> bool:
+        whole = length // KEYS_BASE * KEYS_BASE
+        base = attend(batch, ROWS_BASE, length, whole + KEYS_BASE)
+        return all(
+            torch.equal(tried[:, :ROWS_BASE], base[: len(tried), :rows])
+            for tried in (attend(size, rows, length, whole + key_size) for size in (1, batch))
+        )
+
+    lengths = [(size, size - 3) for size in _KEY_SIZES]
+    lengths += [(size, KEYS_BASE + size - 3) for size in _KEY_SIZES]
+    rows = [size for size in _ROW_SIZES if agrees(size, KEYS_BASE, KEYS_BASE - 3)]
+    rows = rows if ROWS_BASE in rows else [ROWS_BASE]
+    keys_agreeing = {
+        size
+        for size in _KEY_SIZES
+        if all(agrees(r, size, length) for r in rows for s, length in lengths if s == size)
+    }
+    return Shapes(tuple(rows), tuple(sorted(keys_agreeing | {KEYS_BASE})))
+
+
+def _chunks(tensor: Tensor, *, dim: int) -> Sequence[Tensor]:
+    """Chunks of keys, as views."""
+    if tensor.shape[dim] <= KEYS_BASE:
+        return (tensor,)
+    return torch.split(tensor, KEYS_BASE, dim=dim)
+
+
+def _slots(spans: Sequence[Span], num_keys: int, block_size: int, zero_slot: int) -> Indices:
+    """The slot of every position of every span's context, ``[spans, num_keys]``."""
+    positions = np.arange(num_keys)
+    tables = np.zeros((len(spans), -(-num_keys // block_size)), dtype=np.int64)
+    lengths = np.array([[span.position + span.num_tokens] for span in spans])
+    for table, span in zip(tables, spans, strict=True):
+        num_blocks = -(-(span.position + span.num_tokens) // block_size)
+        table[:num_blocks] = span.block_table[:num_blocks]
+    slots = tables[:, positions // block_size] * block_size + positions % block_size
+    return np.where(positions < lengths, slots, zero_slot)
+
+
+def _bias(allowed: Tensor) -> Tensor:
+    """0 where ``allowed``, -inf elsewhere, float32."""
+    bias = torch.zeros(allowed.shape, device=allowed.device)
+    return bias.masked_fill_(~allowed, float("-inf"))

@@ -1,0 +1,168 @@
+"""The KV cache's tensors, and how many blocks of them the memory holds.
+
+Keys and values of one layer lie as ``[block, slot, kv_head, head_dim]``: all heads of a token side
+by side, all tokens of a block after each other::
+
+    block 0                          block 1
+    ├ slot 0 ┬ slot 1 ┬ … ┬ slot 15 ┤├ slot 0 ┬ …
+    │h0 h1 … │h0 h1 … │   │         ││h0 h1 … │
+
+Which block belongs to whom is the KV cache manager's business; here a slot is a number,
+``block * block_size + offset``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.model.config import ModelConfig
+
+_MIB: Final = 1 << 20
+_MEMINFO: Final = Path("/proc/meminfo")
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each ``[num_slots + 1, kv_heads, head_dim]``.
+
+    The last slot belongs to no block and stays zero. Padding is read from there: a free block may
+    hold anything, and even a weight of zero does not make an infinity harmless.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store ``[tokens, kv_heads, head_dim]`` in ``slots`` ``[tokens]``."""
+        self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.values.index_copy_(0, slots, values.to(self.values.dtype))
+
+
+class KVCache:
+    """The keys and values of every token that an engine remembers."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate the tensors; raise ConfigurationError if the memory is not there."""
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.zero_slot = num_blocks * block_size
+        shape = (self.zero_slot + 1, config.num_kv_heads, config.head_dim)
+        try:
+            self.layers = tuple(
+                LayerCache(
+                    torch.zeros(shape, dtype=dtype, device=device),
+                    torch.zeros(shape, dtype=dtype, device=device),
+                )
+                for _ in range(config.num_layers)
+            )
+        except RuntimeError as error:  # torch's OutOfMemoryError is one, on every device
+            needed = num_blocks * kv_block_bytes(config, block_size, dtype)
+            raise ConfigurationError(
+                f"out of memory: the KV cache needs {needed // _MIB} MiB for {num_blocks} blocks; "
+                "lower --kv-cache-memory or --gpu-memory-utilization"
+            ) from error
+
+
+class KVCacheSize(NamedTuple):
+    """How large the KV cache is to be, and why."""
+
+    num_blocks: int
+    reason: str
+    """One line for the log."""
+    warning: str | None
+    """One line if the cache is smaller than the longest context, else None."""
+
+
+def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of ``block_size`` tokens in all layers."""
+    return (
+        2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+    )
+
+
+def blocks_that_fit(
+    config: ModelConfig,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    max_num_seqs: int,
+    kv_cache_memory: int | None = None,
+    memory_share: float = 0.5,
+    gpu_memory_utilization: float = 0.9,
+) -> KVCacheSize:
+    """Size the KV cache from a budget, or from the memory that is there.
+
+    Call it after the weights are loaded. Never more blocks than ``max_num_seqs`` sequences of
+    ``max_model_len`` tokens can use.
+
+    Args:
+        config: The model.
+        block_size: Tokens of a block.
+        dtype: Of keys and values.
+        device: Where the cache will be.
+        max_model_len: Tokens of the longest sequence.
+        max_num_seqs: Sequences that run at once.
+        kv_cache_memory: Budget in bytes; ``None`` measures the memory.
+        memory_share: On a CPU, the share of the available memory to take.
+        gpu_memory_utilization: On a GPU, the share of the whole memory that engine may use.
+
+    Raises:
+        ConfigurationError: Not even one block fits.
+    """
+    block_bytes = kv_block_bytes(config, block_size, dtype)
+    if kv_cache_memory is not None:
+        budget, source, setting = kv_cache_memory, "--kv-cache-memory", "raise --kv-cache-memory"
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(total * gpu_memory_utilization) - (total - free)
+        source = (
+            f"{gpu_memory_utilization:g} of {total // _MIB} MiB of GPU memory, less what is used"
+        )
+        setting = "raise --gpu-memory-utilization"
+    else:
+        available = available_memory()
+        budget = int(available * memory_share)
+        source = f"{memory_share:g} of {available // _MIB} MiB of available memory"
+        setting = "set --kv-cache-memory"
+    num_blocks = max(budget, 0) // block_bytes
+    blocks_for_one = -(-max_model_len // block_size)
+    if num_blocks < 1:
+        raise ConfigurationError(
+            f"the KV cache does not fit: one block of {block_size} tokens needs {block_bytes} "
+            f"bytes, there are {max(budget, 0)} ({source}); {setting} or lower --block-size"
+        )
+    warning = None
+    if num_blocks < blocks_for_one:
+        warning = (
+            f"the KV cache holds {num_blocks * block_size} tokens, fewer than the "
+            f"{max_model_len} of --max-model-len: {blocks_for_one * block_bytes // _MIB} MiB are "
+            f"needed, there are {budget // _MIB} MiB ({source}); {setting} or lower --max-model-len"
+        )
+    num_blocks = min(num_blocks, blocks_for_one * max_num_seqs)
+    reason = (
+        f"{num_blocks} KV blocks of {block_size} tokens, "
+        f"{num_blocks * block_bytes // _MIB} MiB ({source})"
+    )
+    return KVCacheSize(num_blocks, reason, warning)
+
+
+def available_memory(meminfo: Path = _MEMINFO) -> int:
+    """Bytes that can be allocated without swapping, as the kernel estimates it."""
+    for line in meminfo.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigurationError(f"{meminfo}: no MemAvailable; set --kv-cache-memory")

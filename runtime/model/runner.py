@@ -1,0 +1,113 @@
+"""Carries out step plans: tokens in, keys and values into the cache, sampled tokens out.
+
+Lays the sequences of a plan out as one flat batch and knows where each one's rows are. Knows
+nothing of queues, priorities or requests' ends: those are the scheduler's.
+
+::
+
+    plan        A: 1 token   B: 5 tokens        C: 1 token
+    rows        0            1  2  3  4  5      6           (7 is padding)
+    sampled     0                        5      6            the last row of each that caught up
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from understudy.runtime.model.attention import Span
+from understudy.runtime.model.kv_cache import KVCache
+from understudy.runtime.model.sampler import Sampler, SamplingRow
+from understudy.runtime.model.transformer import Batch, Transformer
+from understudy.runtime.scheduling.decision import SampledToken, ScheduledSequence, StepPlan
+
+
+class ModelRunner:
+    """Runs a model on plans, one step after another; owns the KV cache's tensors."""
+
+    def __init__(self, model: Transformer, *, num_blocks: int, block_size: int) -> None:
+        self._model = model
+        self._cache = KVCache(
+            model.config,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._sampler = Sampler(model.vocab_size, model.device)
+
+    @property
+    def cache(self) -> KVCache:
+        """The tensors that hold every computed token's keys and values."""
+        return self._cache
+
+    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+        """Compute the plan's tokens; the draws, by request id, of each that ``samples``."""
+        if not plan.scheduled:
+            return {}
+        with torch.inference_mode():
+            logits = self.logits(plan)
+            sampled = [s.sequence for s in plan.scheduled if s.samples]
+            if logits is None:
+                return {}
+            rows = [
+                SamplingRow(sequence.params, sequence.token_ids, sequence.num_prompt_tokens)
+                for sequence in sampled
+            ]
+            tokens = self._sampler.sample(logits, rows)
+        return {sequence.request_id: token for sequence, token in zip(sampled, tokens, strict=True)}
+
+    def logits(self, plan: StepPlan) -> Tensor | None:
+        """Compute the plan's tokens; raw logits, a row for each that ``samples``, in plan order."""
+        spans = _spans(plan.scheduled)
+        hidden = self._model.forward(self._batch(plan.scheduled, spans), self._cache)
+        last_rows = [
+            span.start + span.num_tokens - 1
+            for span, scheduled in zip(spans, plan.scheduled, strict=True)
+            if scheduled.samples
+        ]
+        if not last_rows:
+            return None
+        index = torch.tensor(last_rows, device=self._model.device)
+        return self._model.logits(hidden.index_select(0, index))
+
+    def _batch(self, scheduled: tuple[ScheduledSequence, ...], spans: list[Span]) -> Batch:
+        num_tokens = spans[-1].start + spans[-1].num_tokens
+        tiles = self._model.tiles.cut(num_tokens)
+        num_rows = sum(tiles)
+        token_ids = np.zeros(num_rows, dtype=np.int64)
+        positions = np.zeros(num_rows, dtype=np.int64)
+        slots = np.empty(num_tokens, dtype=np.int64)
+        block_size = self._cache.block_size
+        for span, (sequence, _) in zip(spans, scheduled, strict=True):
+            rows = slice(span.start, span.start + span.num_tokens)
+            stop = span.position + span.num_tokens
+            token_ids[rows] = sequence.token_ids[span.position : stop]
+            positions[rows] = np.arange(span.position, stop)
+            table = np.asarray(span.block_table, dtype=np.int64)
+            slots[rows] = table[positions[rows] // block_size] * block_size
+        slots += positions[:num_tokens] % block_size
+        device = self._model.device
+        return Batch(
+            token_ids=torch.from_numpy(token_ids).to(device),
+            positions=torch.from_numpy(positions).to(device),
+            slots=torch.from_numpy(slots).to(device),
+            tiles=tiles,
+            attention=self._model.attention.plan(
+                spans,
+                num_rows=num_rows,
+                block_size=block_size,
+                zero_slot=self._cache.zero_slot,
+            ),
+        )
+
+
+def _spans(scheduled: tuple[ScheduledSequence, ...]) -> list[Span]:
+    spans: list[Span] = []
+    start = 0
+    for sequence, num_tokens in scheduled:
+        position = sequence.num_computed_tokens
+        spans.append(Span(start, num_tokens, position, sequence.block_table))
+        start += num_tokens
+    return spans

@@ -1,0 +1,208 @@
+"""From logits to tokens, each row by its own request's parameters.
+
+The order of things, for one row: log-probabilities are taken from the raw logits; penalties, then
+logit bias, then forbidden stop tokens change the logits; temperature divides them; top-k, top-p and
+min-p, in this order, keep a set of the likeliest; Gumbel noise decides (see ``noise``).
+
+Rows pay only for what their request asks. The vocabulary is never sorted in the common case: a set
+of the likeliest is found among some candidates, with proof that nothing outside belongs to it, and
+the next wider set of candidates is taken where the proof fails; the last is the whole vocabulary.
+A row's token does not depend on the other rows: candidates decide how fast, never what.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Rows
+from typing import Final, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
+from torch import Tensor
+
+from understudy.protocol.request import SamplingParams, TokenLogprobs
+from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
+from understudy.runtime.scheduling.decision import SampledToken
+
+_GREEDY_TEMPERATURE: Final = 1e-5
+"""Below this, dividing by the temperature would overflow; the result is greedy anyway."""
+_NUM_CANDIDATES: Final = (64, 1024)
+_SUM_BLOCK: Final = 1024
+_NOISE_ELEMENTS_MAX: Final = 1 << 20
+"""Noise drawn at once: bounds the memory of a large batch over a large vocabulary."""
+
+
+class SamplingRow(NamedTuple):
+    """What the sampler needs to know of a sequence."""
+
+    params: SamplingParams
+    token_ids: Rows[int]
+    """Prompt, then output."""
+    num_prompt_tokens: int
+
+    @property
+    def position(self) -> int:
+        """Index in the output of the token to draw."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.params.temperature < _GREEDY_TEMPERATURE
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether only a set of the likeliest tokens may be drawn."""
+        params = self.params
+        return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+class Sampler:
+    """Draws tokens. Keeps no state between calls."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._token_ids = torch.arange(vocab_size, device=device)
+
+    def sample(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[SampledToken]:
+        """Draw a token for each row of ``logits`` ``[rows, vocab_size]``, float32.
+
+        The logits may be changed in place.
+        """
+        assert logits.shape == (len(rows), self._vocab_size)
+        reported = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+        raw = logits[reported].log_softmax(dim=1) if reported else None
+        for index, row in enumerate(rows):
+            self._adjust(logits[index], row)
+        tokens = self._draw(logits, rows)
+        if raw is None:
+            return [SampledToken(token) for token in tokens]
+        logprobs = {
+            index: _token_logprobs(raw[at], tokens[index], rows[index].params.logprobs or 0)
+            for at, index in enumerate(reported)
+        }
+        return [SampledToken(token, logprobs.get(index)) for index, token in enumerate(tokens)]
+
+    def _adjust(self, logits: Tensor, row: SamplingRow) -> None:
+        """Apply penalties, bias and forbidden tokens to one row, in place."""
+        params = row.params
+        if params.repetition_penalty != 1.0:
+            seen = torch.unique(torch.tensor(row.token_ids, device=self._device))
+            values = logits[seen]
+            penalty = params.repetition_penalty
+            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if row.position > 0 and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
+            output = torch.tensor(row.token_ids[row.num_prompt_tokens :], device=self._device)
+            made, counts = torch.unique(output, return_counts=True)
+            logits[made] -= params.presence_penalty + params.frequency_penalty * counts
+        # The gateway checks ids; an id beyond the logits must not reach another row all the same.
+        biases = [(i, bias) for i, bias in params.logit_bias if 0 <= i < self._vocab_size]
+        if biases:
+            ids = torch.tensor([i for i, _ in biases], device=self._device)
+            logits[ids] += torch.tensor([bias for _, bias in biases], device=self._device)
+        if row.position < params.min_tokens:
+            forbidden = [i for i in params.stop_token_ids if 0 <= i < self._vocab_size]
+            if forbidden:
+                logits[torch.tensor(forbidden, device=self._device)] = -math.inf
+
+    def _draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
+        # One argmax for everyone, even for rows that will draw: it costs less than choosing rows.
+        tokens: list[int] = logits.argmax(dim=1).tolist()
+        truncated = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_truncated]
+        full = [i for i, row in enumerate(rows) if not row.is_greedy and not row.is_truncated]
+        rows_at_once = max(1, _NOISE_ELEMENTS_MAX // self._vocab_size)
+        for start in range(0, len(full), rows_at_once):
+            some = full[start : start + rows_at_once]
+            scaled = self._scaled(logits, rows, some)
+            scaled += gumbel_noise(self._keys(rows, some), self._token_ids)
+            for index, token in zip(some, scaled.argmax(dim=1).tolist(), strict=True):
+                tokens[index] = token
+        widths = [width for width in _NUM_CANDIDATES if width < self._vocab_size]
+        for num_candidates in (*widths, self._vocab_size):
+            is_last = num_candidates == self._vocab_size
+            some = [i for i in truncated if is_last or rows[i].params.top_k < num_candidates]
+            if not some:
+                continue
+            drawn = self._draw_among(logits, rows, some, num_candidates)
+            for index, token in zip(some, drawn, strict=True):
+                if token is not None:
+                    tokens[index] = token
+                    truncated.remove(index)
+        return tokens
+
+    def _draw_among(
+        self, logits: Tensor, rows: Rows[SamplingRow], some: list[int], num_candidates: int
+    ) -> list[int | None]:
+        """Draw for truncated rows from their likeliest tokens; None where these may not suffice."""
+        scaled = self._scaled(logits, rows, some)
+        values, ids = scaled.topk(num_candidates, dim=1)
+        params = [rows[index].params for index in some]
+        masses = (values - values[:, :1]).exp_()
+        whole = _row_sums((scaled - values[:, :1]).exp_())
+        least = self._least_kept(values, masses.cumsum(dim=1), whole, params)
+        # Every token of at least this value is kept, so that equal tokens share one fate. What is
+        # no candidate is at most the last one: if that one is dropped, so is everything outside.
+        kept = values >= least
+        drawn = (values + gumbel_noise(self._keys(rows, some), ids)).masked_fill_(~kept, -math.inf)
+        tokens = ids.gather(1, drawn.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
+        if num_candidates == self._vocab_size:
+            return list(tokens)
+        proven = (~kept[:, -1]).tolist()
+        return [token if sure else None for token, sure in zip(tokens, proven, strict=True)]
+
+    def _least_kept(
+        self, values: Tensor, masses: Tensor, whole: Tensor, params: list[SamplingParams]
+    ) -> Tensor:
+        """The lowest kept value of each row, ``[rows, 1]``.
+
+        Args:
+            values: Candidates, best first, ``[rows, candidates]``.
+            masses: Their cumulative mass, relative to the best one's.
+            whole: Mass of the whole vocabulary, ``[rows, 1]``.
+            params: One for each row.
+        """
+        last = values.shape[1] - 1
+        top_k = self._column([p.top_k or self._vocab_size for p in params], torch.int64)
+        top_p = self._column([p.top_p for p in params])
+        min_p = self._column([p.min_p for p in params])
+        least = values.gather(1, (top_k - 1).clamp_(max=last))
+        least = torch.where(top_k > last, -math.inf, least)
+        # Nucleus: the fewest whose mass reaches top_p of what top-k left.
+        num_left = (values >= least).sum(dim=1, keepdim=True)
+        mass_left = torch.where(top_k > last, whole, masses.gather(1, num_left - 1))
+        num_nucleus = (masses < top_p * mass_left).sum(dim=1, keepdim=True)
+        nucleus_least = values.gather(1, num_nucleus.clamp(max=last))
+        open_ended = (num_nucleus > last) | (top_p >= 1.0)
+        nucleus_least = torch.where(open_ended, -math.inf, nucleus_least)
+        relative_least = values[:, :1] + min_p.log()
+        return torch.maximum(torch.maximum(least, nucleus_least), relative_least)
+
+    def _scaled(self, logits: Tensor, rows: Rows[SamplingRow], some: list[int]) -> Tensor:
+        """Logits of some rows over their temperatures, float64."""
+        temperatures = self._column([rows[index].params.temperature for index in some])
+        chosen = logits if len(some) == len(logits) else logits[some]
+        return chosen.to(torch.float64) / temperatures
+
+    def _keys(self, rows: Rows[SamplingRow], some: list[int]) -> Tensor:
+        keys = [signed(noise_key(rows[i].params.seed, rows[i].position)) for i in some]
+        return self._column(keys, torch.int64)
+
+    def _column(self, values: Rows[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device).unsqueeze(1)
+
+
+def _row_sums(masses: Tensor) -> Tensor:
+    """Sum of each row, ``[rows, 1]``, by blocks: torch adds up a lone long row in another order."""
+    rows, width = masses.shape
+    blocks = F.pad(masses, (0, -width % _SUM_BLOCK)).view(rows, -1, _SUM_BLOCK)
+    return blocks.sum(dim=2).sum(dim=1, keepdim=True)
+
+
+def _token_logprobs(logprobs: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    """The chosen token's log-probability, and the ``num_top`` highest."""
+    values, ids = logprobs.topk(min(num_top, len(logprobs)))
+    top = sorted(
+        zip(ids.tolist(), values.tolist(), strict=True), key=lambda each: (-each[1], each[0])
+    )
+    return TokenLogprobs(logprobs[token].item(), tuple(top))

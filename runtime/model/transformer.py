@@ -1,0 +1,161 @@
+"""The decoder-only transformer of the Llama and Qwen families.
+
+::
+
+    token ids ─ embedding ─┬────────────────────────────┬─ … layers … ─ norm ─ lm_head ─ logits
+                           └ norm ─ attention ─ add ┬────┤
+                                                    └ norm ─ gated MLP ─ add
+
+Works on a flat batch: one row a token, whichever sequence it belongs to. Only attention knows that
+rows belong to sequences; it is told by an ``AttentionPlan``. Families differ in what is present
+(biases, norms of queries and keys, a tied output embedding), never in the flow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
+from torch import Tensor
+
+from understudy.runtime.model.attention import AttentionPlan, PagedAttention
+from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.kv_cache import KVCache, LayerCache
+from understudy.runtime.model.layers import Linear, rms_norm, silu_and_multiply
+from understudy.runtime.model.numerics import (
+    Numerics,
+    RowTiles,
+    agreeing_row_counts,
+    common_row_counts,
+)
+from understudy.runtime.model.rope import RotaryEmbedding, Rotation, rotate
+
+_LAYER_ROWS_MAX = 256
+_HEAD_ROWS_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. Projections that share their input are one matrix."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    """Weights of the norms of query and key heads, ``[heads + kv_heads, head_dim]``."""
+    attention_output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All of the layer's matrices."""
+        return (self.qkv, self.attention_output, self.gate_up, self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """All weights of a model, on one device, in one dtype."""
+
+    embedding: Tensor
+    """``[vocab_size, hidden_size]``."""
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    lm_head: Linear
+
+
+class Batch(NamedTuple):
+    """A step's flat batch. The first tensors have a row for each token, padding included."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    """Where the KV cache keeps each token; padding has none, so this is shorter."""
+    tiles: tuple[int, ...]
+    """How linears cut the rows."""
+    attention: AttentionPlan
+
+
+class Transformer:
+    """A loaded model: tokens in, hidden states and logits out. Keeps no state between calls."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, *, numerics: Numerics) -> None:
+        self.config = config
+        self.numerics = numerics
+        self.dtype = weights.embedding.dtype
+        self.device = weights.embedding.device
+        self.attention = PagedAttention(
+            config, numerics=numerics, dtype=self.dtype, device=self.device
+        )
+        self._weights = weights
+        self._rope = RotaryEmbedding(config, self.device)
+        linears = [linear for layer in weights.layers for linear in layer.linears]
+        self.tiles = _row_tiles(linears, numerics, rows_max=_LAYER_ROWS_MAX)
+        self._head_tiles = _row_tiles([weights.lm_head], numerics, rows_max=_HEAD_ROWS_MAX)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.config.vocab_size
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Compute a batch's hidden states ``[rows, hidden_size]``; fills the cache on the way."""
+        hidden = F.embedding(batch.token_ids, self._weights.embedding)
+        rotation = self._rope(batch.positions)
+        for layer, layer_cache in zip(self._weights.layers, cache.layers, strict=True):
+            hidden = hidden + self._attend(hidden, layer, layer_cache, rotation, batch)
+            normed = rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)
+            activated = silu_and_multiply(layer.gate_up(normed, batch.tiles))
+            hidden = hidden + layer.down(activated, batch.tiles)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[rows, vocab_size]``, float32, of some rows of hidden states."""
+        num_rows = len(hidden)
+        tiles = self._head_tiles.cut(num_rows)
+        normed = rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps)
+        normed = F.pad(normed, (0, 0, 0, sum(tiles) - num_rows))
+        return self._weights.lm_head(normed, tiles)[:num_rows].to(torch.float32)
+
+    def _attend(
+        self,
+        hidden: Tensor,
+        layer: LayerWeights,
+        cache: LayerCache,
+        rotation: Rotation,
+        batch: Batch,
+    ) -> Tensor:
+        config = self.config
+        normed = rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
+        heads = layer.qkv(normed, batch.tiles).view(len(hidden), -1, config.head_dim)
+        num_rotated = config.num_heads + config.num_kv_heads
+        rotated = heads[:, :num_rotated]
+        if layer.qk_norm is not None:
+            rotated = F.rms_norm(rotated, (config.head_dim,), eps=config.rms_norm_eps)
+            rotated = rotated * layer.qk_norm
+        rotated = rotate(rotated, rotation)
+        num_tokens = len(batch.slots)
+        keys, values = rotated[:, config.num_heads :], heads[:, num_rotated:]
+        cache.write(batch.slots, keys[:num_tokens], values[:num_tokens])
+        attended = self.attention.attend(rotated, cache, batch.attention)
+        return layer.attention_output(attended, batch.tiles)
+
+
+def _row_tiles(linears: list[Linear], numerics: Numerics, *, rows_max: int) -> RowTiles:
+    """Tile sizes that all of these may be called with; each distinct shape is tried once."""
+    if numerics == "fast":
+        return RowTiles(None)
+    distinct = {linear.shape_key: linear for linear in linears}
+    return RowTiles(
+        common_row_counts(
+            agreeing_row_counts(
+                lambda x, linear=linear: linear(x, (len(x),)),  # type: ignore[misc]
+                num_columns=linear.in_features,
+                like=torch.empty(0, dtype=linear.dtype, device=linear.device),
+                rows_max=rows_max,
+            )
+            for linear in distinct.values()
+        )
+    )
