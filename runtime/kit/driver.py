@@ -23,13 +23,16 @@ class Driver:
     def turn(self, frames: Iterable[tuple[str, bytes]]) -> list[Outgoing]:
         """Receive everything that is there, decide once, and give what is to be sent."""
         now = self.clock.now()
+        outgoing: list[Outgoing] = []
         for peer, raw in frames:
             for sender, message in self.sessions.incoming(peer, raw, now):
                 self.actor.handle(message, sender, now)
+            # A session that was opened or closed by this frame decides about the next one.
+            outgoing += self.sessions.outgoing(self.actor.outbox.take(), now)
         self.actor.decide(now)
         # Work done in decide() takes time: what comes of it is sent at its end.
         now = self.clock.now()
-        outgoing = self.sessions.outgoing(self.actor.outbox.take(), now)
+        outgoing += self.sessions.outgoing(self.actor.outbox.take(), now)
         outgoing += self.sessions.due(now)
         for peer in self.sessions.broken():
             self.actor.lose(peer, now)
