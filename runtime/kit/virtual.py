@@ -101,7 +101,7 @@ class VirtualLoop:
     def __init__(self, network: VirtualNetwork) -> None:
         self.now = 0.0
         self._network = network
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._event_count = 0
         self._factories: dict[str, Factory] = {}
         self._incarnations: dict[str, int] = {}
@@ -142,7 +142,7 @@ class VirtualLoop:
             self.at(self.now + BEAT_EVERY_S, lambda: self._beat(player, actor))
         return actor
 
-    def at(self, time: float, action: Callable[[], None]) -> None:
+    def at(self, time: float, action: Callable[[], object]) -> None:
         """Do something at a time: a fault, a client, an end."""
         self._event_count += 1
         heapq.heappush(self._events, (max(time, self.now), self._event_count, action))
@@ -163,7 +163,7 @@ class VirtualLoop:
         self.now = max(self.now, end)
 
     def trace_hash(self) -> str:
-        """A hash over every frame, crash and restart so far, with its time."""
+        """A hash over every frame and its fate, every crash and restart so far, with its time."""
         return self._trace.hexdigest()
 
     def _schedule_turn(self, player: _Player, at: float) -> None:
@@ -204,8 +204,9 @@ class VirtualLoop:
             target = self._by_identity.get(to)
             if target is None:
                 continue
-            self._record(f"{source.identity} {to}", frame)
-            for delay in self._network.delays(source.name, target.name, self.now):
+            delays = self._network.delays(source.name, target.name, self.now)
+            self._record(f"{source.identity} {to} {delays}", frame)
+            for delay in delays:
                 self._deliver(source.identity, target, frame, self.now + delay)
 
     def _deliver(self, source: str, target: _Player, frame: bytes, at: float) -> None:
