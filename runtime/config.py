@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from understudy.runtime.settings import SUPERVISOR_SOCKET, Settings
+from understudy.runtime.settings import SETTINGS, SUPERVISOR_SOCKET, Settings
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class EngineConfig:
     model: Path
     served_model_name: str
     dtype: Literal["auto", "float32", "bfloat16"]
-    numerics: Literal["fast"]
+    numerics: Literal["exact", "fast"]
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int | None
@@ -56,6 +56,8 @@ class EngineConfig:
     block_size: int
     kv_cache_memory: int | None
     """Bytes; ``None``: chosen from what the device has."""
+    data_parallel_size: int
+    """Engines that share this machine's memory."""
     gpu_memory_utilization: float
     threads: int | None
     """``None``: all cores."""
@@ -139,6 +141,12 @@ def arguments_of(config: SupervisorConfig | EngineConfig | GatewayConfig) -> lis
             name = _setting_name(field.name)
             arguments.append(f"--{name.replace('_', '-')}={value}")
     return arguments
+
+
+def settings_of(kind: type) -> list[str]:
+    """The settings that a configuration of this class is made from, in the order of the table."""
+    names = {_setting_name(field.name) for field in dataclasses.fields(kind)}
+    return [name for name in SETTINGS if name in names]
 
 
 def _build(kind: type[T], settings: Settings, **given: Any) -> T:

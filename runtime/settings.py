@@ -205,7 +205,13 @@ _ALL: Final = (
     Setting("max_num_batched_tokens", integer(1, 1 << 20), 2048, "tokens in one step", "N"),
     Setting("block_size", integer(1, 1024), 16, "tokens in one KV block", "N"),
     Setting("dtype", choice("auto", "float32", "bfloat16"), "auto", "format of weights", "TYPE"),
-    Setting("numerics", choice("fast"), "fast", "class of numerics", "CLASS"),
+    Setting(
+        "numerics",
+        choice("exact", "fast"),
+        "exact",
+        "exact: a text does not depend on what else is in the batch",
+        "CLASS",
+    ),
     Setting("device", choice("auto", "cpu", "cuda"), "auto", "device of the engines", "KIND"),
     Setting(
         "gpu_memory_utilization", number(0.01, 1.0), 0.9, "share of a GPU that an engine uses", "X"

@@ -1,0 +1,135 @@
+"""What an engine process loads before it joins: a model, or the echo that stands in for one."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.config import EngineConfig
+from understudy.runtime.echo import EchoRunner
+from understudy.runtime.kit.clock import Clock
+from understudy.runtime.log import get_logger
+from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.scheduling.decision import Runner
+
+HOST_MEMORY_SHARE: Final = 0.5
+"""Of the memory that is available, what all engines of a machine together give to KV caches."""
+PROGRESS_EVERY: Final = 0.25
+"""How much of a checkpoint is loaded between two reports."""
+
+
+class Loaded(NamedTuple):
+    """A runner, and the limits that come with it."""
+
+    runner: Runner
+    max_model_len: int
+    num_blocks: int
+
+
+def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
+    """Load what the configuration names.
+
+    Raises:
+        ConfigurationError: the model directory is none, or does not fit the machine.
+    """
+    model_config = ModelConfig.from_directory(config.model)
+    max_model_len = config.max_model_len or model_config.max_model_len
+    if max_model_len > model_config.max_model_len:
+        raise ConfigurationError(
+            f"max-model-len {max_model_len} is beyond what the model reaches:"
+            f" {model_config.max_model_len}"
+        )
+    if config.engine == "echo":
+        return _load_echo(config, model_config, max_model_len, clock)
+    return _load_model(config, max_model_len)
+
+
+def _load_echo(
+    config: EngineConfig, model_config: ModelConfig, max_model_len: int, clock: Clock
+) -> Loaded:
+    rate = config.echo_tokens_per_s
+    runner = EchoRunner(
+        clock,
+        vocab_size=model_config.vocab_size,
+        reserved=model_config.eos_token_ids,
+        step_s=1 / rate if rate else 0.0,
+    )
+    # The echo keeps no keys and values, so its pool is as large as its batch can ever use.
+    blocks_each = -(-max_model_len // config.block_size)
+    return Loaded(runner, max_model_len, config.max_num_seqs * blocks_each)
+
+
+def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
+    # Here and not above: torch takes a second to import, and only an engine with a model needs it.
+    import torch
+
+    from understudy.runtime.model.kv_cache import blocks_that_fit
+    from understudy.runtime.model.loader import default_dtype, load_model
+    from understudy.runtime.model.runner import ModelRunner
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _device(config, has_cuda=torch.cuda.is_available())
+    torch_device = torch.device(device)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtype = dtypes.get(config.dtype) or default_dtype(torch_device)
+    model = load_model(
+        config.model,
+        dtype=dtype,
+        device=torch_device,
+        numerics=config.numerics,
+        progress=_Progress(config.model.name),
+    )
+    size = blocks_that_fit(
+        model.config,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=torch_device,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_memory=config.kv_cache_memory,
+        memory_share=HOST_MEMORY_SHARE / config.data_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
+    if size.warning is not None:
+        # A sequence that outgrew the cache would end early, by an accident of this engine's
+        # memory. A shorter context, known to all, is the honest limit.
+        if config.max_model_len is not None:
+            raise ConfigurationError(size.warning)
+        max_model_len = size.num_blocks * config.block_size
+        get_logger().warning(size.warning, max_model_len=max_model_len)
+    get_logger().info(
+        "model is loaded",
+        model=config.model.name,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        numerics=config.numerics,
+        threads=torch.get_num_threads(),
+        kv_cache=size.reason,
+    )
+    runner = ModelRunner(model, num_blocks=size.num_blocks, block_size=config.block_size)
+    return Loaded(runner, max_model_len, size.num_blocks)
+
+
+def _device(config: EngineConfig, *, has_cuda: bool) -> str:
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigurationError("--device cuda: this machine's torch sees no GPU")
+    if config.device == "auto":
+        return "cuda" if has_cuda else "cpu"
+    return config.device
+
+
+class _Progress:
+    """Reports the loading of a checkpoint, a quarter at a time."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._report_at = PROGRESS_EVERY
+
+    def __call__(self, bytes_done: int, bytes_total: int) -> None:
+        share = bytes_done / max(bytes_total, 1)
+        if share >= self._report_at:
+            self._report_at += PROGRESS_EVERY
+            get_logger().info(
+                "loading weights", model=self._model, percent=round(100 * share), of=bytes_total
+            )
