@@ -21,20 +21,6 @@ from understudy.runtime.exit_status import ExitStatus
 from understudy.runtime.settings import SETTINGS
 
 _EVERY_SETTING: Final = tuple(SETTINGS)
-_SUPERVISOR_SETTINGS: Final = ("run_dir", "served_model_name", "queue_max")
-_GATEWAY_SETTINGS: Final = (
-    "run_dir",
-    "host",
-    "port",
-    "model",
-    "served_model_name",
-    "max_model_len",
-    "shutdown_timeout",
-)
-_NOT_AN_ENGINES: Final = frozenset(
-    {"data_parallel_size", "host", "port", "queue_max", "start_timeout", "shutdown_timeout"}
-)
-_ENGINE_SETTINGS: Final = tuple(name for name in SETTINGS if name not in _NOT_AN_ENGINES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,11 +203,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     child.set_defaults(run=serve.run)
 
 
-def _actor(role: str, settings: Sequence[str]) -> Callable[[argparse.ArgumentParser], None]:
+def _actor(role: str) -> Callable[[argparse.ArgumentParser], None]:
     """What adds the arguments of a command that is one actor in the foreground."""
 
     def add(parser: argparse.ArgumentParser) -> None:
-        _add_settings(parser, settings)
+        from understudy.runtime import config
+
+        kinds = {
+            "supervisor": config.SupervisorConfig,
+            "engine": config.EngineConfig,
+            "gateway": config.GatewayConfig,
+        }
+        _add_settings(parser, config.settings_of(kinds[role]))
         if role != "supervisor":
             parser.add_argument(
                 "--name", default=f"{role}-0", help=f"its name in the cluster ({role}-0)"
@@ -271,17 +264,17 @@ COMMANDS: Final = {
     "supervisor": Command(
         help="run a supervisor alone, in the foreground",
         example="understudy supervisor --run-dir /run/understudy",
-        add=_actor("supervisor", _SUPERVISOR_SETTINGS),
+        add=_actor("supervisor"),
     ),
     "engine": Command(
         help="run one engine alone, in the foreground",
         example="understudy engine --name engine-0 --run-dir /run/understudy",
-        add=_actor("engine", _ENGINE_SETTINGS),
+        add=_actor("engine"),
     ),
     "gateway": Command(
         help="run one gateway alone, in the foreground",
         example="understudy gateway --name gateway-0 --port 8000",
-        add=_actor("gateway", _GATEWAY_SETTINGS),
+        add=_actor("gateway"),
     ),
 }
 

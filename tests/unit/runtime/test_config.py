@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from understudy.runtime.config import (
+    EngineConfig,
+    GatewayConfig,
+    SupervisorConfig,
     arguments_of,
     engine_config,
     gateway_config,
     launcher_config,
+    settings_of,
     supervisor_config,
 )
 from understudy.runtime.settings import Defaults, Settings, resolve
@@ -74,3 +78,10 @@ def test_a_configuration_does_not_change_after_start() -> None:
 def test_the_supervisors_socket_lies_in_the_run_directory() -> None:
     config = supervisor_config(settle(run_dir="/tmp/u"))
     assert config.socket == Path("/tmp/u/supervisor.sock")
+
+
+def test_each_consumer_takes_only_its_own_settings() -> None:
+    assert settings_of(SupervisorConfig) == ["served_model_name", "run_dir", "queue_max"]
+    assert "port" not in settings_of(EngineConfig)
+    assert "block_size" not in settings_of(GatewayConfig)
+    assert "shutdown_timeout" in settings_of(GatewayConfig)
