@@ -7,15 +7,28 @@ the step's flat batch. Knows nothing of sequences or of the KV cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from functools import cache
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
 from torch import Tensor
 
+from understudy.runtime.model.numerics import agreeing_row_counts, cancelling_probe
+
 _PACK_BYTES_MIN: Final = 8 << 20
 """Below this a float32 weight stays a plain matrix: measured, a packed product costs 35 µs to
 call, and the plain one is as fast for small weights."""
+
+
+class LinearShape(NamedTuple):
+    """What decides which kernels a ``Linear`` runs."""
+
+    in_features: int
+    out_features: int
+    has_bias: bool
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Linear:
@@ -27,10 +40,9 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take ``weight`` ``[out, in]`` and ``bias`` ``[out]``; the weight may be laid out anew."""
-        self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
-        self.device = weight.device
-        self._bias = bias
+        self.shape = LinearShape(
+            weight.shape[1], weight.shape[0], bias is not None, weight.dtype, weight.device
+        )
         self._multiply = _product(weight, bias)
 
     def __call__(self, x: Tensor, tiles: tuple[int, ...]) -> Tensor:
@@ -42,10 +54,23 @@ class Linear:
             return self._multiply(x)
         return torch.cat([self._multiply(tile) for tile in torch.split(x, list(tiles))])
 
-    @property
-    def shape_key(self) -> tuple[object, ...]:
-        """Linears with equal keys run the same kernels."""
-        return (self.out_features, self.in_features, self.dtype, self._bias is None)
+
+def exact_row_counts(shape: LinearShape, *, rows_max: int) -> tuple[int, ...]:
+    """Tile sizes that give a linear of this shape the same bits on this machine."""
+    return _exact_row_counts(shape, rows_max, torch.get_num_threads())
+
+
+@cache
+def _exact_row_counts(shape: LinearShape, rows_max: int, _num_threads: int) -> tuple[int, ...]:
+    probe = cancelling_probe(
+        in_features=shape.in_features,
+        out_features=shape.out_features,
+        dtype=shape.dtype,
+        device=shape.device,
+    )
+    bias = probe.weight.new_zeros(shape.out_features) if shape.has_bias else None
+    linear = Linear(probe.weight, bias)
+    return agreeing_row_counts(lambda x: linear(x, (len(x),)), probe.rows, rows_max=rows_max)
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -7,9 +7,10 @@ padded, always keeps the promise, because one shape means one kernel. But for a 
 shape of 32 rows costs several times what a shape of 2 costs.
 
 So we ask the machine. The order in which a kernel adds does not depend on the values, so two shapes
-that agree in every bit on a million random sums add in the same order. When a model is loaded, each
-of its products is tried in a list of shapes, and those that agree with the *base* shape may be used
-in its place. A machine on which none agrees still has the base shape, and is exact and slower.
+that agree in every bit on thousands of sums of nothing but rounding errors add in the same order.
+When a model is loaded, each of its products is tried in a list of shapes, and those that agree with
+the *base* shape may be used in its place. A machine on which none agrees still has the base shape,
+and is exact and slower.
 
 The choice depends on bits alone, never on time, so equal machines choose alike.
 """
@@ -17,7 +18,7 @@ The choice depends on bits alone, never on time, so equal machines choose alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +33,17 @@ _ROW_COUNTS: Final = (
     *(40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256),
 )
 _PROBE_SEED: Final = 0x5EED
-_NUM_SUMS_MIN: Final = {torch.float32: 1, torch.bfloat16: 1_000_000}
-"""Sums to compare. In float32 one product shows any difference thousands of times over; rounding
-to bfloat16 hides all but about one difference in ten thousand."""
+_PROBE_OUTPUTS: Final = 128
+"""Columns at either end of a product's output that a probe looks at."""
+
+
+class Probe(NamedTuple):
+    """A product whose result is nothing but the rounding errors of its sums."""
+
+    rows: Tensor
+    """``[rows, in]``."""
+    weight: Tensor
+    """``[out, in]``."""
 
 
 class RowTiles:
@@ -65,40 +74,54 @@ class RowTiles:
         return tuple(tiles)
 
 
+def cancelling_probe(
+    *, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+) -> Probe:
+    """Rows and weights of which every sum is zero, but for rounding.
+
+    Each term has an opposite somewhere else in its sum. What is left tells the order of additions,
+    and is small, so that even rounding the result to bfloat16 does not hide it.
+    """
+    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    num_rows = _ROW_COUNTS[-1] + ROWS_BASE
+    half = in_features // 2
+    order = torch.randperm(2 * half, generator=generator)
+    rows = torch.zeros(num_rows, in_features)
+    rows[:, order] = torch.randn(num_rows, half, generator=generator).repeat(1, 2)
+    # All other outputs stay zero, which makes a probe of a large matrix cheap.
+    num_outputs = min(2 * _PROBE_OUTPUTS, out_features)
+    outputs = torch.arange(num_outputs)
+    outputs[num_outputs // 2 :] += out_features - num_outputs
+    values = torch.randn(num_outputs, half, generator=generator)
+    columns = torch.zeros(num_outputs, in_features)
+    columns[:, order] = torch.cat((values, -values), dim=1)
+    weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+    weight[outputs.to(device)] = columns.to(device, dtype)
+    return Probe(rows.to(device, dtype), weight)
+
+
 def agreeing_row_counts(
-    product: Callable[[Tensor], Tensor], *, num_columns: int, like: Tensor, rows_max: int
+    product: Callable[[Tensor], Tensor], rows: Tensor, *, rows_max: int
 ) -> tuple[int, ...]:
     """Row counts up to ``rows_max`` whose results equal the base shape's, bit for bit.
 
     Args:
-        product: A matrix product with fixed weights, ``[rows, num_columns]`` to ``[rows, any]``.
-        num_columns: Width of the product's input.
-        like: A tensor of the input's dtype and device.
+        product: A matrix product, ``[rows, in]`` to ``[rows, out]``.
+        rows: Input that shows the order of additions, of a ``Probe``.
         rows_max: Larger counts are not tried.
     """
-    counts = [count for count in _ROW_COUNTS if count <= max(rows_max, ROWS_BASE)]
-    num_rows = -(-(counts[-1] + 1) // ROWS_BASE) * ROWS_BASE
-    generator = torch.Generator().manual_seed(_PROBE_SEED)
-    num_sums = 0
-    while num_sums < _NUM_SUMS_MIN[like.dtype]:
-        probe = torch.randn(num_rows, num_columns, generator=generator).to(like)
-        base = torch.cat([product(tile) for tile in torch.split(probe, ROWS_BASE)])
-        # Zero or non-finite weights would make every shape agree, and prove nothing.
-        if not bool(base.isfinite().all()) or not bool(base.any()):
-            return (ROWS_BASE,)
-        counts = [count for count in counts if _agrees(product, probe, base, count)]
-        if ROWS_BASE not in counts:
-            # Even the base shape treats rows by their place. One row at a time has no places.
-            return (1,)
-        num_sums += base.numel()
-    return tuple(counts)
+    base = torch.cat([product(tile) for tile in torch.split(rows, ROWS_BASE)])
 
+    def agrees(count: int) -> bool:
+        # The second window puts every row at another place in its tile.
+        return all(
+            torch.equal(product(rows[at : at + count].clone()), base[at : at + count])
+            for at in (0, 1)
+        )
 
-def _agrees(product: Callable[[Tensor], Tensor], probe: Tensor, base: Tensor, count: int) -> bool:
-    # The second window puts every row at another place in its tile.
-    return all(
-        torch.equal(product(probe[at : at + count].clone()), base[at : at + count]) for at in (0, 1)
-    )
+    counts = [count for count in _ROW_COUNTS if count <= max(rows_max, ROWS_BASE) and agrees(count)]
+    # If even the base shape treats rows by their place: one row at a time has no places.
+    return tuple(counts) if ROWS_BASE in counts else (1,)
 
 
 def common_row_counts(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -58,21 +58,27 @@ class ModelRunner:
             tokens = self._sampler.sample(logits, rows)
         return {sequence.request_id: token for sequence, token in zip(sampled, tokens, strict=True)}
 
+    def hidden_states(self, plan: StepPlan) -> Tensor:
+        """Compute the plan's tokens; ``[plan.num_tokens, hidden_size]``, in plan order."""
+        batch = self._batch(plan.scheduled)
+        return self._model.forward(batch, self._cache)[: len(batch.slots)]
+
     def logits(self, plan: StepPlan) -> Tensor | None:
         """Compute the plan's tokens; raw logits, a row for each that ``samples``, in plan order."""
-        spans = _spans(plan.scheduled)
-        hidden = self._model.forward(self._batch(plan.scheduled, spans), self._cache)
-        last_rows = [
-            span.start + span.num_tokens - 1
-            for span, scheduled in zip(spans, plan.scheduled, strict=True)
-            if scheduled.samples
-        ]
+        hidden = self.hidden_states(plan)
+        last_rows: list[int] = []
+        num_rows = 0
+        for scheduled in plan.scheduled:
+            num_rows += scheduled.num_tokens
+            if scheduled.samples:
+                last_rows.append(num_rows - 1)
         if not last_rows:
             return None
         index = torch.tensor(last_rows, device=self._model.device)
         return self._model.logits(hidden.index_select(0, index))
 
-    def _batch(self, scheduled: tuple[ScheduledSequence, ...], spans: list[Span]) -> Batch:
+    def _batch(self, scheduled: tuple[ScheduledSequence, ...]) -> Batch:
+        spans = _spans(scheduled)
         num_tokens = spans[-1].start + spans[-1].num_tokens
         tiles = self._model.tiles.cut(num_tokens)
         num_rows = sum(tiles)

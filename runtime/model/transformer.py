@@ -23,13 +23,13 @@ from torch import Tensor
 from understudy.runtime.model.attention import AttentionPlan, PagedAttention
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import KVCache, LayerCache
-from understudy.runtime.model.layers import Linear, rms_norm, silu_and_multiply
-from understudy.runtime.model.numerics import (
-    Numerics,
-    RowTiles,
-    agreeing_row_counts,
-    common_row_counts,
+from understudy.runtime.model.layers import (
+    Linear,
+    exact_row_counts,
+    rms_norm,
+    silu_and_multiply,
 )
+from understudy.runtime.model.numerics import Numerics, RowTiles, common_row_counts
 from understudy.runtime.model.rope import RotaryEmbedding, Rotation, rotate
 
 _LAYER_ROWS_MAX = 256
@@ -144,18 +144,10 @@ class Transformer:
 
 
 def _row_tiles(linears: list[Linear], numerics: Numerics, *, rows_max: int) -> RowTiles:
-    """Tile sizes that all of these may be called with; each distinct shape is tried once."""
+    """Tile sizes that all of these may be called with."""
     if numerics == "fast":
         return RowTiles(None)
-    distinct = {linear.shape_key: linear for linear in linears}
+    shapes = {linear.shape for linear in linears}
     return RowTiles(
-        common_row_counts(
-            agreeing_row_counts(
-                lambda x, linear=linear: linear(x, (len(x),)),  # type: ignore[misc]
-                num_columns=linear.in_features,
-                like=torch.empty(0, dtype=linear.dtype, device=linear.device),
-                rows_max=rows_max,
-            )
-            for linear in distinct.values()
-        )
+        common_row_counts(exact_row_counts(shape, rows_max=rows_max) for shape in shapes)
     )
