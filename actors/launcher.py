@@ -152,13 +152,13 @@ class Launcher:
         is_hopeless = end.status in _HOPELESS
         if is_hopeless and not self._is_ready:
             raise StartFailed(end.status, words or f"{name} ended with status {end.status}")
-        now, delay_s = time.monotonic(), None
+        now, delay_s, restarts = time.monotonic(), None, child.history.restarts
         if not is_hopeless:
             delay_s = child.history.delay_after_death(now, jitter=self._jitter.random())
         self._log.warning("process ended", process=name, status=end.status, restart_in_s=delay_s)
         if child is not self._supervisor:
             # The supervisor would find out by a missing heartbeat, only later.
-            told = ProcessExited(name, end.pid, end.status, child.history.restarts)
+            told = ProcessExited(name, end.pid, end.status, restarts)
             self._client.send(told, timeout_s=_TELL_WITHIN_S)
         if delay_s is not None:
             child.restart_at = now + delay_s
