@@ -109,6 +109,7 @@ async def _serve_supervisor(config: SupervisorConfig) -> int:
 
 async def _serve_gateway(config: GatewayConfig) -> int:
     # The HTTP server is imported here, so that a supervisor or an engine does not pay for it.
+    from understudy.actors.http_generation import HttpLimits
     from understudy.actors.http_server import listen, serve_http
     from understudy.runtime.served_model import ServedModel
 
@@ -125,7 +126,10 @@ async def _serve_gateway(config: GatewayConfig) -> int:
     identity = _identity(config.name)
     mailbox = Mailbox.connect(zmq.Context.instance(), _address(config.run_dir), identity)
     loop = ActorLoop(Driver(gateway, SessionTable(identity), clock), mailbox)
-    runner = await serve_http(gateway, loop.wake, served, listener=listener, clock=clock)
+    limits = HttpLimits(shutdown_timeout_s=config.shutdown_timeout_s)
+    runner = await serve_http(
+        gateway, loop.wake, served, listener=listener, clock=clock, limits=limits
+    )
     get_logger().info("gateway is up", address=address, pid=os.getpid())
     await _until_stopped(loop)
     await runner.cleanup()
