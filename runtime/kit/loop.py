@@ -45,17 +45,14 @@ class ActorLoop:
 
     def stop(self) -> None:
         """End the loop and close the mailbox."""
-        if self._stopped.done():
-            return
-        self._loop.remove_reader(self._mailbox.fd)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._mailbox.close()
-        self._stopped.set_result(None)
+        if not self._stopped.done():
+            self._close()
+            self._stopped.set_result(None)
 
     async def wait_stopped(self) -> None:
         """Until ``stop`` is called, or a turn fails: then that turn's exception is raised."""
-        await self._stopped
+        # Shielded: who gives up waiting must not end the loop, which streams still depend on.
+        await asyncio.shield(self._stopped)
 
     def _turn(self) -> None:
         self._is_turn_due = False
@@ -65,11 +62,18 @@ class ActorLoop:
             frames = self._mailbox.receive(FRAMES_A_TURN_MAX)
             send_all(self._mailbox, self._driver.turn(frames))
         except Exception as error:  # noqa: BLE001 - the outermost frame of this actor
+            self._close()
             self._stopped.set_exception(error)
             return
         if self._mailbox.has_frames():
             self.wake()
         self._set_timer()
+
+    def _close(self) -> None:
+        self._loop.remove_reader(self._mailbox.fd)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._mailbox.close()
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -92,23 +96,25 @@ class StepLoop:
         self._driver = driver
         self._mailbox = mailbox
         self._actor = actor
-        self._stopping = threading.Event()
+        self._is_stopping = False
+        self._no_more_beats = threading.Event()
 
     def stop(self) -> None:
         """End the loop after the present turn. Safe to call from a signal handler."""
-        self._stopping.set()
+        # An Event would not be: a second signal inside the first would wait for its lock for ever.
+        self._is_stopping = True
 
     def run(self) -> None:
         """Drive the actor until ``stop`` is called."""
         beats = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         beats.start()
         try:
-            while not self._stopping.is_set():
+            while not self._is_stopping:
                 frames = self._mailbox.receive(FRAMES_A_TURN_MAX)
                 send_all(self._mailbox, self._driver.turn(frames))
                 self._wait()
         finally:
-            self._stopping.set()
+            self._no_more_beats.set()
             beats.join()
 
     def _wait(self) -> None:
@@ -119,7 +125,7 @@ class StepLoop:
             self._mailbox.wait(min(wake_at - self._driver.clock.now(), IDLE_WAIT_MAX_S))
 
     def _beat(self) -> None:
-        while not self._stopping.wait(BEAT_EVERY_S):
+        while not self._no_more_beats.wait(BEAT_EVERY_S):
             beat = self._actor.heartbeat(self._driver.clock.now())
             self._mailbox.send(SUPERVISOR, self._driver.sessions.datagram(SUPERVISOR, beat))
             self._mailbox.nudge()
