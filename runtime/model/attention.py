@@ -13,19 +13,13 @@ is ``group`` rows, and grouped-query attention needs no copies of keys and value
 
     query [tokens, kv_heads · group, head_dim]  →  [kv_heads, tokens · group, head_dim]
 
-Canonical attention
--------------------
-Under exact numerics a row's bits must not depend on how many other rows or how much padding its
-product has. Scores, weights and sums are float32, keys are taken in chunks of ``KEYS_BASE`` from
-the first token on, chunk after chunk; a masked key has a weight of exactly zero, and adding zero
-changes nothing. Row counts and the padding of the last chunk come from a list of sizes of which
-``agreeing_shapes`` has found that they give the same bits.
+How the products themselves are computed is told in ``canonical_attention``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,17 +27,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
 from torch import Tensor
 
+from understudy.runtime.model.canonical_attention import (
+    ALL_SHAPES,
+    agreeing_shapes,
+    canonical_attention,
+    key_bias,
+)
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import LayerCache
-from understudy.runtime.model.numerics import ROWS_BASE, Numerics
-
-KEYS_BASE: Final = 512
-"""Keys of a chunk."""
-
-_ROW_SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
-_KEY_SIZES: Final = (32, 64, 128, 256, 512)
-_PROBE_SEED: Final = 0xA77E
-
+from understudy.runtime.model.numerics import Numerics
 
 Indices = npt.NDArray[np.int64]
 
@@ -57,34 +49,6 @@ class Span(NamedTuple):
     position: int
     """Position of its first token; everything before it is in the cache."""
     block_table: list[int]
-
-
-class Shapes(NamedTuple):
-    """Sizes that a product may be padded to, ascending."""
-
-    rows: tuple[int, ...]
-    keys: tuple[int, ...]
-
-    def padded_rows(self, num_rows: int) -> tuple[int, ...]:
-        """Cut rows into blocks of allowed sizes."""
-        largest = self.rows[-1]
-        blocks = [largest] * (num_rows // largest)
-        rest = num_rows % largest
-        if rest:
-            blocks.append(next(size for size in self.rows if size >= rest))
-        return tuple(blocks)
-
-    def padded_keys(self, num_keys: int) -> int:
-        """Round a context up: whole chunks, and a last one of an allowed size.
-
-        Long contexts take coarser sizes, so that a batch falls into few groups.
-        """
-        whole = num_keys // KEYS_BASE * KEYS_BASE
-        rest = num_keys - whole
-        if rest == 0:
-            return whole
-        least = max(rest, min(whole // 8, KEYS_BASE))
-        return whole + next(size for size in self.keys if size >= least)
 
 
 class _HeadRows(NamedTuple):
@@ -150,11 +114,7 @@ class PagedAttention:
         self._dtype = dtype
         self._device = device
         self._exact = numerics == "exact"
-        self.shapes = (
-            agreeing_shapes(config.head_dim, device)
-            if self._exact
-            else Shapes(_ROW_SIZES, _KEY_SIZES)
-        )
+        self.shapes = agreeing_shapes(config.head_dim, device) if self._exact else ALL_SHAPES
 
     def plan(
         self, spans: Sequence[Span], *, num_rows: int, block_size: int, zero_slot: int
@@ -214,7 +174,9 @@ class PagedAttention:
 
     def _kernel(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         if self._exact:
-            return canonical_attention(query, keys, values, bias, scale=self._scale)
+            return canonical_attention(
+                query, keys, values, bias, scale=self._scale, batch_min=self.shapes.batch_min
+            )
         attended = F.scaled_dot_product_attention(
             query.to(keys.dtype).unsqueeze(0),
             keys.unsqueeze(0),
@@ -266,7 +228,7 @@ class PagedAttention:
         return _TokenGroup(
             self._head_rows(starts, 1, num_rows, trash),
             head_slots.to(self._device),
-            _bias(torch.from_numpy(allowed)).to(self._device),
+            key_bias(torch.from_numpy(allowed)).to(self._device),
         )
 
     def _long_span(self, span: Span, head_slots: Tensor, trash: int) -> _LongSpan:
@@ -280,96 +242,12 @@ class PagedAttention:
             positions = span.position + rows // self._group_size
             num_keys = self.shapes.padded_keys(int(positions[-1]) + 1)
             allowed = torch.arange(num_keys) <= positions[:, None]
-            blocks.append(_RowBlock(start, size, num_keys, _bias(allowed[None]).to(self._device)))
+            blocks.append(
+                _RowBlock(start, size, num_keys, key_bias(allowed[None]).to(self._device))
+            )
             start += size
         head_rows = self._head_rows(np.array([span.start]), span.num_tokens, start, trash)
         return _LongSpan(head_rows, head_slots.to(self._device), tuple(blocks))
-
-
-def canonical_attention(
-    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *, scale: float
-) -> Tensor:
-    """Softmax attention in a fixed order of additions, all float32.
-
-    Args:
-        query: ``[batch, rows, head_dim]``.
-        keys: ``[batch, keys, head_dim]``; ``values`` alike.
-        values: Finite wherever ``bias`` is -inf.
-        bias: Added to the scores; broadcasts to ``[batch, rows, keys]``.
-        scale: Multiplies the scores.
-
-    Returns:
-        ``[batch, rows, head_dim]``.
-    """
-    bias_chunks = _chunks(bias, dim=2)
-    scores = [
-        torch.baddbmm(bias_chunk, query, chunk.transpose(1, 2), alpha=scale)
-        for bias_chunk, chunk in zip(bias_chunks, _chunks(keys, dim=1), strict=True)
-    ]
-    # The maximum is exact in any order, so the chunks need no running one.
-    peak = scores[0].amax(dim=2, keepdim=True)
-    for chunk in scores[1:]:
-        peak = torch.maximum(peak, chunk.amax(dim=2, keepdim=True))
-    value_chunks = _chunks(values, dim=1)
-    weights = scores[0].sub_(peak).exp_()
-    total = weights.sum(dim=2, keepdim=True)
-    output = torch.bmm(weights, value_chunks[0])
-    for chunk, value_chunk in zip(scores[1:], value_chunks[1:], strict=True):
-        weights = chunk.sub_(peak).exp_()
-        total += weights.sum(dim=2, keepdim=True)
-        output.baddbmm_(weights, value_chunk)
-    return output.div_(total)
-
-
-def agreeing_shapes(head_dim: int, device: torch.device) -> Shapes:
-    """Try canonical attention in every size; keep those that agree with the base sizes."""
-    generator = torch.Generator().manual_seed(_PROBE_SEED)
-    num_rows, num_keys = _ROW_SIZES[-1], 2 * KEYS_BASE
-    batch = 3
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    query = random(batch, num_rows, head_dim)
-    keys, values = random(batch, num_keys, head_dim), random(batch, num_keys, head_dim)
-
-    def attend(batch: int, rows: int, length: int, padded: int) -> Tensor:
-        """The first ``rows`` rows over ``length`` keys, in tiles of ``rows``."""
-        allowed = (torch.arange(padded, device=device) < length).expand(batch, 1, padded)
-        zeros = torch.zeros(batch, padded - length, head_dim, device=device)
-        return canonical_attention(
-            query[:batch, :rows],
-            torch.cat((keys[:batch, :length], zeros), dim=1),
-            torch.cat((values[:batch, :length], zeros), dim=1),
-            _bias(allowed),
-            scale=head_dim**-0.5,
-        )
-
-    def agrees(rows: int, key_size: int, length: int) -> bool:
-        whole = length // KEYS_BASE * KEYS_BASE
-        base = attend(batch, ROWS_BASE, length, whole + KEYS_BASE)
-        return all(
-            torch.equal(tried[:, :ROWS_BASE], base[: len(tried), :rows])
-            for tried in (attend(size, rows, length, whole + key_size) for size in (1, batch))
-        )
-
-    lengths = [(size, size - 3) for size in _KEY_SIZES]
-    lengths += [(size, KEYS_BASE + size - 3) for size in _KEY_SIZES]
-    rows = [size for size in _ROW_SIZES if agrees(size, KEYS_BASE, KEYS_BASE - 3)]
-    rows = rows if ROWS_BASE in rows else [ROWS_BASE]
-    keys_agreeing = {
-        size
-        for size in _KEY_SIZES
-        if all(agrees(r, size, length) for r in rows for s, length in lengths if s == size)
-    }
-    return Shapes(tuple(rows), tuple(sorted(keys_agreeing | {KEYS_BASE})))
-
-
-def _chunks(tensor: Tensor, *, dim: int) -> Sequence[Tensor]:
-    """Chunks of keys, as views."""
-    if tensor.shape[dim] <= KEYS_BASE:
-        return (tensor,)
-    return torch.split(tensor, KEYS_BASE, dim=dim)
 
 
 def _slots(spans: Sequence[Span], num_keys: int, block_size: int, zero_slot: int) -> Indices:
@@ -382,9 +260,3 @@ def _slots(spans: Sequence[Span], num_keys: int, block_size: int, zero_slot: int
         table[:num_blocks] = span.block_table[:num_blocks]
     slots = tables[:, positions // block_size] * block_size + positions % block_size
     return np.where(positions < lengths, slots, zero_slot)
-
-
-def _bias(allowed: Tensor) -> Tensor:
-    """0 where ``allowed``, -inf elsewhere, float32."""
-    bias = torch.zeros(allowed.shape, device=allowed.device)
-    return bias.masked_fill_(~allowed, float("-inf"))
