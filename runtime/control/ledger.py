@@ -39,7 +39,11 @@ class Entry:
     """The identity of the engine that it is with; ``None`` while it waits."""
     epoch: int = 0
     progress_at: float = 0.0
-    """When it was admitted, assigned, or last got a token."""
+    """When it was admitted, assigned for the first time, or last got a token.
+
+    Further assignments are no progress: a request that ends every engine it is given to would
+    never be given up.
+    """
     output: list[int] = field(default_factory=list)
     prefix_hash: int = 0
 
@@ -78,7 +82,8 @@ class Ledger:
         entry.attempt += 1
         entry.engine = engine
         entry.epoch = epoch
-        entry.progress_at = now
+        if entry.attempt == 1:
+            entry.progress_at = now
         return entry
 
     def release(self, request_id: int) -> Entry:

@@ -1,0 +1,297 @@
+"""The ledger against plain lists: whatever engines claim, an output is one straight line."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from understudy.protocol.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenRow,
+    extend_prefix_hash,
+)
+from understudy.runtime.control.ledger import Entry, Ledger, Verdict
+
+PARAMS = SamplingParams(seed=1, max_tokens=100)
+
+
+def request(request_id: int) -> Request:
+    return Request(request_id, request_id, (1, 2, 3), PARAMS)
+
+
+def row(
+    tokens: tuple[int, ...],
+    *,
+    before: tuple[int, ...] = (),
+    request_id: int = 1,
+    attempt: int = 1,
+    finish: int = 0,
+) -> TokenRow:
+    """A row that continues an output of ``before``."""
+    prefix_hash = extend_prefix_hash(0, (*before, *tokens))
+    return TokenRow(request_id, attempt, len(before), tokens, prefix_hash, finish)
+
+
+def assigned() -> tuple[Ledger, Entry]:
+    """Request 1, with engine "e.1" under epoch 7 for the first time."""
+    ledger = Ledger()
+    entry = ledger.admit(request(1), "gateway-0.1", 10.0)
+    ledger.assign(1, "e.1", 7, 11.0)
+    return ledger, entry
+
+
+def test_tokens_are_accepted_in_order() -> None:
+    ledger, entry = assigned()
+    assert ledger.accept(row((5,)), "e.1", 7, 12.0) is Verdict.ACCEPTED
+    assert ledger.accept(row((6, 7), before=(5,)), "e.1", 7, 13.0) is Verdict.ACCEPTED
+    assert entry.output == [5, 6, 7]
+    assert entry.progress_at == 13.0
+    assert entry.prefix_hash == extend_prefix_hash(0, (5, 6, 7))
+
+
+def test_a_row_that_comes_twice_is_accepted_once() -> None:
+    ledger, entry = assigned()
+    assert ledger.accept(row((5,)), "e.1", 7, 12.0) is Verdict.ACCEPTED
+    assert ledger.accept(row((5,)), "e.1", 7, 12.0) is Verdict.BROKEN
+    assert entry.output == [5]
+
+
+@pytest.mark.parametrize(
+    ("engine", "epoch", "attempt", "request_id"),
+    [
+        ("e.2", 7, 1, 1),
+        ("e.1", 6, 1, 1),
+        ("e.1", 8, 1, 1),
+        ("e.1", 7, 2, 1),
+        ("e.1", 7, 0, 1),
+        ("e.1", 7, 1, 2),
+    ],
+)
+def test_rows_of_anyone_but_the_present_attempt_are_stale(
+    engine: str, epoch: int, attempt: int, request_id: int
+) -> None:
+    ledger, entry = assigned()
+    late = row((5,), attempt=attempt, request_id=request_id, finish=FinishReason.STOP)
+    assert ledger.accept(late, engine, epoch, 12.0) is Verdict.STALE
+    assert entry.output == []
+    assert 1 in ledger
+
+
+def test_rows_of_a_request_that_waits_are_stale() -> None:
+    ledger, entry = assigned()
+    ledger.release(1)
+    assert ledger.accept(row((5,)), "e.1", 7, 12.0) is Verdict.STALE
+    ledger.assign(1, "e.1", 7, 13.0)
+    assert ledger.accept(row((5,), attempt=1), "e.1", 7, 14.0) is Verdict.STALE
+    assert ledger.accept(row((5,), attempt=2), "e.1", 7, 14.0) is Verdict.ACCEPTED
+    assert entry.output == [5]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        row((6,), before=(5, 5)),
+        row((6,), before=()),
+        row((6,), before=(4,)),
+        row((6,), before=(5,))._replace(prefix_hash=0),
+        row((6,), before=(5,))._replace(position=-1),
+        row((), before=(4,), finish=FinishReason.STOP),
+        row((6,), before=(5,), finish=FinishReason.STOP)._replace(tokens=(7,)),
+    ],
+)
+def test_rows_that_do_not_continue_the_output_are_broken(broken: TokenRow) -> None:
+    ledger, entry = assigned()
+    ledger.accept(row((5,)), "e.1", 7, 12.0)
+    assert ledger.accept(broken, "e.1", 7, 13.0) is Verdict.BROKEN
+    assert entry.output == [5]
+    assert entry.progress_at == 12.0
+    assert 1 in ledger
+
+
+@pytest.mark.parametrize("tokens", [(), (5,)])
+def test_an_accepted_end_removes_the_request(tokens: tuple[int, ...]) -> None:
+    ledger, entry = assigned()
+    last = row(tokens, finish=FinishReason.LENGTH)
+    assert ledger.accept(last, "e.1", 7, 12.0) is Verdict.ACCEPTED
+    assert entry.output == list(tokens)
+    assert 1 not in ledger
+    assert len(ledger) == 0
+    assert ledger.accept(last, "e.1", 7, 12.0) is Verdict.STALE
+
+
+def test_what_was_put_out_stays_when_a_request_goes_to_another_engine() -> None:
+    ledger, entry = assigned()
+    ledger.accept(row((5, 6)), "e.1", 7, 12.0)
+    assert ledger.release(1) is entry
+    again = ledger.assign(1, "e.2", 8, 13.0)
+    assert (again.attempt, again.output, again.engine, again.epoch) == (2, [5, 6], "e.2", 8)
+    assert ledger.accept(row((7,), before=(5, 6)), "e.1", 7, 14.0) is Verdict.STALE
+    going_on = row((7,), before=(5, 6), attempt=2)
+    assert ledger.accept(going_on, "e.2", 8, 14.0) is Verdict.ACCEPTED
+    assert entry.output == [5, 6, 7]
+
+
+def test_a_request_is_with_one_engine_at_a_time() -> None:
+    ledger, _ = assigned()
+    with pytest.raises(AssertionError, match="one engine"):
+        ledger.assign(1, "e.2", 8, 12.0)
+
+
+def test_a_request_is_admitted_once() -> None:
+    ledger, _ = assigned()
+    with pytest.raises(AssertionError):
+        ledger.admit(request(1), "gateway-1.1", 12.0)
+
+
+def test_a_request_ends_once() -> None:
+    ledger, entry = assigned()
+    assert ledger.end(1) is entry
+    assert ledger.end(1) is None
+    assert ledger.get(1) is None
+
+
+def test_entries_are_given_oldest_first() -> None:
+    ledger = Ledger()
+    for request_id in (9, 2, 5):
+        ledger.admit(request(request_id), "gateway-0.1", float(request_id))
+    assert [entry.request.request_id for entry in ledger.entries()] == [9, 2, 5]
+
+
+def test_only_the_first_assignment_counts_as_progress() -> None:
+    """Else a request that ends every engine it is given to would never be given up."""
+    ledger, entry = assigned()
+    assert entry.progress_at == 11.0
+    for number in range(5):
+        ledger.release(1)
+        ledger.assign(1, "e.1", 7, 12.0 + number)
+    assert entry.progress_at == 11.0
+
+
+ids = st.integers(0, 3)
+engines = st.sampled_from(["a.1", "a.2", "b.1"])
+epochs = st.integers(1, 3)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Does to plain lists what it does to the ledger.
+
+    The model says in words what the ledger computes with hashes: a row counts if it comes from
+    where the request is, and if the whole output it claims begins with the one that is known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger()
+        self.outputs: dict[int, list[int]] = {}
+        self.places: dict[int, tuple[str, int] | None] = {}
+        self.attempts: dict[int, int] = {}
+
+    @rule(request_id=ids)
+    def admit(self, request_id: int) -> None:
+        if request_id not in self.outputs:
+            self.ledger.admit(request(request_id), "gateway-0.1", 0.0)
+            self.outputs[request_id] = []
+            self.places[request_id] = None
+            self.attempts[request_id] = 0
+
+    @rule(request_id=ids, engine=engines, epoch=epochs)
+    def assign(self, request_id: int, engine: str, epoch: int) -> None:
+        if request_id in self.outputs and self.places[request_id] is None:
+            self.ledger.assign(request_id, engine, epoch, 0.0)
+            self.places[request_id] = engine, epoch
+            self.attempts[request_id] += 1
+
+    @rule(request_id=ids)
+    def release(self, request_id: int) -> None:
+        if request_id in self.outputs:
+            self.ledger.release(request_id)
+            self.places[request_id] = None
+
+    @rule(request_id=ids)
+    def end(self, request_id: int) -> None:
+        was_there = request_id in self.outputs
+        assert (self.ledger.end(request_id) is not None) == was_there
+        self.forget(request_id)
+
+    @rule(
+        request_id=ids,
+        engine=engines,
+        epoch=epochs,
+        attempt=st.integers(0, 3),
+        claimed=st.lists(st.integers(0, 1), max_size=4),
+        num_new=st.integers(0, 3),
+        finish=st.sampled_from([0, 0, 0, 1, 3]),
+    )
+    def claim(
+        self,
+        request_id: int,
+        engine: str,
+        epoch: int,
+        attempt: int,
+        claimed: list[int],
+        num_new: int,
+        finish: int,
+    ) -> None:
+        """An engine reports the last ``num_new`` tokens of an output that it believes in."""
+        before = claimed[: max(0, len(claimed) - num_new)]
+        self.report(request_id, engine, epoch, attempt, before, claimed[len(before) :], finish)
+
+    @rule(
+        request_id=ids, new=st.lists(st.integers(0, 1), max_size=3), finish=st.sampled_from([0, 2])
+    )
+    def go_on(self, request_id: int, new: list[int], finish: int) -> None:
+        """The right engine goes on with the right output."""
+        place = self.places.get(request_id)
+        if place is not None:
+            before = list(self.outputs[request_id])
+            self.report(request_id, *place, self.attempts[request_id], before, new, finish)
+
+    def report(
+        self,
+        request_id: int,
+        engine: str,
+        epoch: int,
+        attempt: int,
+        before: list[int],
+        new: list[int],
+        finish: int,
+    ) -> None:
+        claim = row(
+            tuple(new),
+            before=tuple(before),
+            request_id=request_id,
+            attempt=attempt,
+            finish=finish,
+        )
+        expected = Verdict.BROKEN
+        if self.places.get(request_id) != (engine, epoch) or self.attempts[request_id] != attempt:
+            expected = Verdict.STALE
+        elif self.outputs[request_id] == before:
+            expected = Verdict.ACCEPTED
+            self.outputs[request_id] += new
+        assert self.ledger.accept(claim, engine, epoch, 0.0) is expected
+        if expected is Verdict.ACCEPTED and finish:
+            self.forget(request_id)
+
+    def forget(self, request_id: int) -> None:
+        for known in (self.outputs, self.places, self.attempts):
+            known.pop(request_id, None)
+
+    @invariant()
+    def both_hold_the_same(self) -> None:
+        assert len(self.ledger) == len(self.outputs)
+        held = {entry.request.request_id: entry for entry in self.ledger.entries()}
+        assert {number: entry.output for number, entry in held.items()} == self.outputs
+        assert {number: entry.attempt for number, entry in held.items()} == self.attempts
+        for number, entry in held.items():
+            place = self.places[number]
+            assert entry.engine == (None if place is None else place[0])
+            assert entry.prefix_hash == extend_prefix_hash(0, self.outputs[number])
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
