@@ -269,6 +269,8 @@ class Supervisor:
 
     def _greet(self, hello: Hello, identity: str, now: float) -> None:
         greeting = self._registry.greet(hello, identity, now)
+        if greeting is None:
+            return
         if greeting.replaced is not None:
             self._bury(greeting.replaced)
         self.outbox.send(identity, Welcome(greeting.member.epoch))

@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 
 from understudy.protocol.messages import Capacity, Heartbeat, Hello, Role
 
+EPOCH_MAX: Final = 2**63 - 1
+"""More than is ever reached; a Hello that names a later one is not answered."""
 ENGINE_SILENT_S: Final = 1.5
 GATEWAY_SILENT_S: Final = 5.0
 """After so long without any message a member counts as gone."""
@@ -61,18 +63,27 @@ class Registry:
         self._by_identity: dict[str, Member] = {}
         self._by_name: dict[str, Member] = {}
 
-    def greet(self, hello: Hello, identity: str, now: float) -> Greeting:
-        """Take in a Hello.
+    def greet(self, hello: Hello, identity: str, now: float) -> Greeting | None:
+        """Take in a Hello; ``None`` if it is not to be answered.
 
         The first of an incarnation, and one that says the present session is lost, open a new
-        session. Any other is a repetition: the same Welcome is the answer.
+        session. Any other is a repetition: the same Welcome is the answer. An incarnation that
+        comes after a later one, delayed or revived, must not take the name from it.
         """
+        if hello.last_epoch > EPOCH_MAX:
+            return None
         present = self._by_name.get(hello.name)
         is_alive = present is not None and present.state is MemberState.SERVING
-        if present is not None and present.identity == identity and is_alive:
-            present.heard_at = now
-            if hello.last_epoch < present.epoch:
-                return Greeting(present, False, None)
+        if present is not None and is_alive:
+            if present.identity == identity:
+                present.heard_at = now
+                if hello.last_epoch < present.epoch:
+                    return Greeting(present, False, None)
+            elif _incarnation(identity) < _incarnation(present.identity):
+                return None
+        # A member welcomes no epoch but a later one. A supervisor whose machine started anew may
+        # have begun to count below those that its members have seen.
+        self._next_epoch = max(self._next_epoch, hello.last_epoch + 1)
         member = Member(
             name=hello.name,
             identity=identity,
@@ -131,6 +142,12 @@ class Registry:
     def serving(self, role: Role) -> list[Member]:
         """The members that play a part and are alive, by name."""
         return [m for m in self.members(role) if m.state is MemberState.SERVING]
+
+
+def _incarnation(identity: str) -> int:
+    """The number behind the name; 0 if there is none."""
+    number = identity.rpartition(".")[2]
+    return int(number) if number.isdecimal() and len(number) < 20 else 0
 
 
 def _limit_s(member: Member) -> float:
