@@ -1,0 +1,71 @@
+"""A model served as an engine serves it, without the engine: scheduler, runner, steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from understudy.protocol.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
+from understudy.runtime.model.runner import ModelRunner
+from understudy.runtime.model.transformer import Transformer
+from understudy.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
+from understudy.runtime.scheduling.sequence import Sequence
+
+
+@dataclass
+class Served:
+    """One request's answer."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
+@dataclass
+class Service:
+    """All answers, by request id, and how often somebody was preempted."""
+
+    served: dict[int, Served] = field(default_factory=dict)
+    num_preemptions: int = 0
+
+
+def request_of(request_id: int, prompt: Iterable[int], params: SamplingParams) -> Request:
+    return Request(request_id, request_id, tuple(prompt), params)
+
+
+def serve(
+    model: Transformer,
+    requests: Iterable[Request],
+    *,
+    max_num_batched_tokens: int = 64,
+    max_num_seqs: int = 32,
+    num_blocks: int = 512,
+    block_size: int = 8,
+) -> Service:
+    """Serve requests to their ends, all of them there from the start."""
+    config = SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=model.config.max_model_len,
+        block_size=block_size,
+    )
+    manager = KVCacheManager(num_blocks=num_blocks, block_size=block_size)
+    scheduler = Scheduler(config, manager)
+    runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size)
+    service = Service()
+    for request in requests:
+        service.served[request.request_id] = Served()
+        scheduler.add(Sequence(request, attempt=0))
+    while (plan := scheduler.schedule()) is not None:
+        service.num_preemptions += len(plan.preempted)
+        for row in scheduler.update(plan, runner.execute(plan)):
+            served = service.served[row.request_id]
+            assert served.finish is None
+            assert row.position == len(served.tokens)
+            served.tokens += row.tokens
+            served.logprobs += row.logprobs
+            served.finish = FinishReason(row.finish) if row.finish else None
+        scheduler.check_integrity()
+    assert manager.num_free_blocks == num_blocks
+    return service
