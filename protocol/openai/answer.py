@@ -1,0 +1,187 @@
+"""What both completion endpoints answer with: their common fields, and chunks of a stream.
+
+A stream is server-sent events (WHATWG HTML, section 9.2). Each chunk's event has the id
+``<request>.<position>``, where the position is the number of tokens that the client has when it
+has read the event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from understudy.protocol.errors import InternalError, RequestError, Unavailable
+from understudy.protocol.openai.logprobs import TokenLogprob
+from understudy.protocol.request import FinishReason
+
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+
+_ENCODER: Final = msgspec.json.Encoder()
+_encode = _ENCODER.encode
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One choice, complete."""
+
+    index: int
+    text: str
+    num_tokens: int
+    finish_reason: str
+    logprobs: Sequence[TokenLogprob] | None
+
+
+class Heading(NamedTuple):
+    """What every object of one answer says first."""
+
+    answer_id: str
+    created: int
+    """Seconds since 1970."""
+    model: str
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        """The heading as the first fields of an object."""
+        return {
+            "id": self.answer_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def opening(self, kind: str) -> bytes:
+        """The heading as the beginning of a JSON object, up to the next field's name."""
+        return _encode(self.fields(kind))[:-1] + b","
+
+
+def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
+    """What an answer cost, in tokens."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+def finish_reason_or_error(finish: FinishReason) -> str | RequestError:
+    """OpenAI's word for an end, or the error that it is told as."""
+    match finish:
+        case FinishReason.STOP:
+            return "stop"
+        case FinishReason.LENGTH:
+            return "length"
+        case FinishReason.CANCELLED:
+            return Unavailable("the request was cancelled by the server")
+        case FinishReason.ERROR:
+            return InternalError("the system could not go on with the request")
+
+
+def error_event(error: RequestError) -> bytes:
+    """The event that ends a stream which cannot go on."""
+    return b"data: " + _encode(error.body()) + b"\n\n"
+
+
+def engine_comment(engine: str) -> bytes:
+    """Tells people, not programs, which engine makes what follows."""
+    return f": engine {engine}\n\n".encode("ascii", errors="replace")
+
+
+class ChunkEncoder:
+    """Turns the deltas of one choice into events, without building a dictionary for each.
+
+    All that stays the same from chunk to chunk is encoded once; for a token, only the text is::
+
+        id: 3f2a….7 ␤ data: {"id":…,"choices":[{"index":0,"delta":{"content":"text"},"logprobs":…
+        ╰─ stem ─╯  ╰───────────────── start ────────────────────╯╰─ later ─╯     ╰ end_of_text …
+
+    Args:
+        request_id: Names the choice's request in the events' ids.
+        opening: The chunk up to where the text's own field begins.
+        first: That field's beginning in the first chunk.
+        later: The same in all further chunks.
+        end_of_text: What closes the field's object, if it has one.
+        shape_logprobs: Gives the value of the ``logprobs`` field.
+        has_usage: Whether each chunk has a ``usage`` field, null unless given.
+    """
+
+    __slots__ = (
+        "_after",
+        "_before",
+        "_end_of_text",
+        "_first",
+        "_has_usage",
+        "_later",
+        "_shape_logprobs",
+        "_start",
+        "_stem",
+    )
+
+    def __init__(
+        self,
+        request_id: int,
+        opening: bytes,
+        *,
+        first: bytes,
+        later: bytes,
+        end_of_text: bytes,
+        shape_logprobs: Callable[[Sequence[TokenLogprob] | None], dict[str, Any] | None],
+        has_usage: bool,
+    ) -> None:
+        self._stem = b"id: %016x." % request_id
+        self._start = b"\ndata: " + opening
+        self._first = first
+        self._later = later
+        self._end_of_text = end_of_text
+        self._shape_logprobs = shape_logprobs
+        self._has_usage = has_usage
+        self._before = self._start + later
+        self._after = self._ending(None, None, None)
+
+    def encode(self, position: int, text: str) -> bytes:
+        """A chunk of nothing but text, and not the first: the path of nearly every token."""
+        return b"".join((self._stem, b"%d" % position, self._before, _encode(text), self._after))
+
+    def encode_any(
+        self,
+        position: int,
+        text: str,
+        *,
+        is_first: bool,
+        finish_reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] | None = None,
+        usage: dict[str, Any] | None = None,
+    ) -> bytes:
+        """A chunk with whatever there is to say."""
+        field = self._first if is_first else self._later
+        ending = self._ending(finish_reason, logprobs, usage)
+        return b"".join((self._stem, b"%d" % position, self._start, field, _encode(text), ending))
+
+    def _ending(
+        self,
+        finish_reason: str | None,
+        logprobs: Sequence[TokenLogprob] | None,
+        usage: dict[str, Any] | None,
+    ) -> bytes:
+        """Everything behind the text."""
+        parts = [
+            self._end_of_text,
+            b',"logprobs":',
+            _encode(self._shape_logprobs(logprobs)),
+            b',"finish_reason":',
+            _encode(finish_reason),
+            b"}]",
+        ]
+        if self._has_usage:
+            parts += [b',"usage":', _encode(usage)]
+        parts.append(b"}\n\n")
+        return b"".join(parts)
+
+
+def usage_event(heading: Heading, kind: str, counts: dict[str, Any]) -> bytes:
+    """The last chunk of a stream that was asked for its usage: it has no choices."""
+    chunk = {**heading.fields(kind), "choices": [], "usage": counts}
+    return b"data: " + _encode(chunk) + b"\n\n"
