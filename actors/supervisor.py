@@ -46,6 +46,13 @@ from understudy.runtime.kit.actor import Outbox
 PULSE_EVERY_S: Final = 0.25
 STALL_MAX_S: Final = 600.0
 """A request that waits, or is with an engine, for so long without a token ends with an error."""
+DELIVER_ROWS_MAX: Final = 4096
+"""Rows in one message: even with all logprobs they take but a fraction of a frame."""
+
+
+_OVERLOADED: Final = Overloaded.code or ""
+_UNAVAILABLE: Final = Unavailable.code or ""
+_INTERNAL: Final = InternalError.code or ""
 
 
 class Totals:
@@ -145,12 +152,13 @@ class Supervisor:
         member = self._registry.get(gateway)
         if member is None or member.role is not Role.GATEWAY:
             return
-        refusal = self._admission.refusal(
-            num_tokens=len(request.prompt),
-            requests_waiting=len(self._queue),
-            tokens_waiting=self._queue.num_tokens,
-            now=now,
-        )
+        if member.state is MemberState.DEAD:
+            return  # buried earlier in this turn: nobody would hear of the request's end
+        if request.request_id in self._ledger:
+            text = "the request's id is taken"
+            self._reject(gateway, Rejected(request.request_id, _INTERNAL, text))
+            return
+        refusal = self._refusal(request, now)
         if refusal is not None:
             self.totals.rejected += 1
             answer = Rejected(
@@ -201,7 +209,9 @@ class Supervisor:
 
     def _deliver(self) -> None:
         for (gateway, engine), rows in self._deliveries.items():
-            self.outbox.send(gateway, Deliver(tuple(rows), engine))
+            for first in range(0, len(rows), DELIVER_ROWS_MAX):
+                some = tuple(rows[first : first + DELIVER_ROWS_MAX])
+                self.outbox.send(gateway, Deliver(some, engine))
         self._deliveries.clear()
 
     def _assign_waiting(self, now: float) -> None:
@@ -316,10 +326,10 @@ class Supervisor:
     def _fail_stalled(self, entry: Entry) -> None:
         if entry.engine is None:
             text = f"no engine took the request within {STALL_MAX_S:.0f} s"
-            self._fail(entry, Unavailable.code or "", text)
+            self._fail(entry, _UNAVAILABLE, text)
         else:
             text = f"the engine made no token within {STALL_MAX_S:.0f} s"
-            self._fail(entry, InternalError.code or "", text)
+            self._fail(entry, _INTERNAL, text)
 
     def _announce(self) -> None:
         """Tell the gateways who serves, when that may have changed."""
