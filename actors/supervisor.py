@@ -270,6 +270,7 @@ class Supervisor:
         self.totals.finished += 1
 
     def _forget(self, entry: Entry) -> None:
+        self._deliver()  # its last tokens may have come in this turn
         for identity in (entry.gateway, entry.engine):
             member = self._registry.get(identity) if identity is not None else None
             if member is not None:
