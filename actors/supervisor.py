@@ -314,8 +314,10 @@ class Supervisor:
 
     def _do_chores(self, now: float) -> None:
         """What time alone brings about: silence, stalls, and our own sign of life."""
-        for member in self._registry.silent(now):
-            self._bury(member)
+        if now < self._chores_at + PULSE_EVERY_S:
+            for member in self._registry.silent(now):
+                self._bury(member)
+        # else it was we who were held up, and what the others said meanwhile is still to be read.
         for entry in self._ledger.entries():
             if now >= entry.progress_at + STALL_MAX_S:
                 self._fail_stalled(entry)
