@@ -37,7 +37,7 @@ from understudy.protocol.messages import (
 )
 from understudy.protocol.request import Request, TokenRow
 from understudy.runtime.control import router
-from understudy.runtime.control.admission import Admission, AdmissionLimits
+from understudy.runtime.control.admission import Admission, AdmissionLimits, Refusal
 from understudy.runtime.control.ledger import Entry, Ledger, Verdict
 from understudy.runtime.control.registry import Member, MemberState, Registry
 from understudy.runtime.control.request_queue import RequestQueue
@@ -160,17 +160,29 @@ class Supervisor:
             return
         refusal = self._refusal(request, now)
         if refusal is not None:
-            self.totals.rejected += 1
-            answer = Rejected(
-                request.request_id, Overloaded.code or "", refusal.message, refusal.retry_after_s
-            )
-            self.outbox.send(gateway, answer)
+            # What came before it in this turn may have an engine, and not really wait.
+            self._assign_waiting(now)
+            refusal = self._refusal(request, now)
+        if refusal is not None:
+            self._reject(gateway, Rejected(request.request_id, _OVERLOADED, *refusal))
             return
         self.totals.admitted += 1
         entry = self._ledger.admit(request, gateway, now)
         member.requests.add(request.request_id)
         self._enqueue(entry)
         self.outbox.send(gateway, Accepted(request.request_id))
+
+    def _refusal(self, request: Request, now: float) -> Refusal | None:
+        return self._admission.refusal(
+            num_tokens=len(request.prompt),
+            requests_waiting=len(self._queue),
+            tokens_waiting=self._queue.num_tokens,
+            now=now,
+        )
+
+    def _reject(self, gateway: str, answer: Rejected) -> None:
+        self.totals.rejected += 1
+        self.outbox.send(gateway, answer)
 
     def _cancel(self, request_id: int, gateway: str) -> None:
         entry = self._ledger.get(request_id)
