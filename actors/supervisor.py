@@ -270,6 +270,7 @@ class Supervisor:
         request_id = entry.request.request_id
         if entry.engine is not None:
             self.outbox.send(entry.engine, Cancel(request_id))
+        self._deliver()  # its last tokens may have come in this turn
         self.outbox.send(entry.gateway, Failed(request_id, code, text))
         self._end(request_id)
 
@@ -282,7 +283,6 @@ class Supervisor:
         self.totals.finished += 1
 
     def _forget(self, entry: Entry) -> None:
-        self._deliver()  # its last tokens may have come in this turn
         for identity in (entry.gateway, entry.engine):
             member = self._registry.get(identity) if identity is not None else None
             if member is not None:
