@@ -133,10 +133,10 @@ class Cluster:
         self.wait_until_nothing_is_left()
 
     def wait_until_nothing_is_left(self) -> None:
-        """Wait until no process of this run directory exists."""
+        """Wait until no process of this run directory exists, nor one that is on its way out."""
         deadline = time.monotonic() + WAIT_MAX_S
-        while left := self.leftovers():
-            assert time.monotonic() < deadline, f"left over: {left}\n{self.log}"
+        while self.leftovers() or self.report().state is not State.NOT_RUNNING:
+            assert time.monotonic() < deadline, f"left over: {self.leftovers()}\n{self.log}"
             time.sleep(_POLL_S)
 
     def leftovers(self) -> dict[int, str]:

@@ -87,7 +87,6 @@ def test_no_orphan_is_left_when_the_launcher_is_killed(cluster: Cluster) -> None
     cluster.launcher.kill()
     cluster.launcher.wait()
     cluster.wait_until_nothing_is_left()
-    assert cluster.report().state is State.NOT_RUNNING
 
 
 def test_a_node_starts_again_after_its_launcher_was_killed(cluster: Cluster) -> None:
