@@ -11,6 +11,8 @@ from typing import Final
 
 import pytest
 
+from tests.cluster import run_understudy, running_cluster
+
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("actors", "protocol", "runtime", "tools")
 
@@ -58,8 +60,19 @@ def test_the_wheel_tells_that_it_is_typed_and_how_to_start_it(wheel: zipfile.Zip
 
 
 def test_the_wheel_puts_nothing_beside_the_one_package(wheel: zipfile.ZipFile) -> None:
+    scripts = {"quickstart", "test", "environment.sh"}
+    assert not scripts & {name.rpartition("/")[2] for name in wheel.namelist()}
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"understudy"}
+
+
+def test_the_wheel_serves_where_it_is_unpacked(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    elsewhere = {"PYTHONPATH": str(tmp_path)}
+    shown = run_understudy("config", "show", environment=elsewhere)
+    assert f'model = "{tmp_path}/understudy/tools/demo/model"' in shown.stdout
+    with running_cluster(engines=1, environment=elsewhere) as cluster:
+        assert cluster.reply().model == "understudy-demo"
 
 
 def test_an_editable_install_sees_the_folders_through_links() -> None:
