@@ -1,0 +1,318 @@
+"""The engine, message by message, with the echo runner and time as it is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from understudy.actors.engine import Engine
+from understudy.protocol.messages import (
+    Accepted,
+    Assign,
+    Cancel,
+    Capacity,
+    ClusterState,
+    Fenced,
+    Hello,
+    Message,
+    Pulse,
+    Role,
+    StepOutput,
+    Submit,
+    Welcome,
+)
+from understudy.protocol.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenRow,
+    extend_prefix_hash,
+)
+from understudy.runtime.echo import EchoRunner
+from understudy.runtime.kit.actor import SUPERVISOR, BeatingActor, CloseSession, Effect, OpenSession
+from understudy.runtime.kit.clock import VirtualClock
+from understudy.runtime.kit.membership import SUPERVISOR_SILENT_S
+from understudy.runtime.scheduling.decision import SampledToken, StepPlan
+from understudy.runtime.scheduling.scheduler import SchedulerConfig
+
+NUM_BLOCKS = 16
+CONFIG = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, block_size=4)
+
+
+def request(
+    request_id: int, *, prompt: int = 3, max_tokens: int = 5, seed: int = 7, **params: Any
+) -> Request:
+    sampling = SamplingParams(seed=seed, max_tokens=max_tokens, **params)
+    return Request(request_id, request_id, tuple(range(1, prompt + 1)), sampling)
+
+
+class Stage:
+    """An engine, and what it sends."""
+
+    def __init__(self, *, step_s: float = 0.0) -> None:
+        self.clock = VirtualClock(100.0)
+        self.engine = Engine(
+            "engine-0",
+            pid=41,
+            model="demo",
+            scheduler_config=CONFIG,
+            num_blocks=NUM_BLOCKS,
+            runner=EchoRunner(self.clock, vocab_size=1000, step_s=step_s),
+            clock=self.clock,
+        )
+        self.steps: list[int] = []
+
+    def turn(self, *messages: Message) -> list[Effect]:
+        for message in messages:
+            self.engine.handle(message, SUPERVISOR, self.clock.now())
+        self.engine.decide(self.clock.now())
+        self.engine.check_integrity()
+        return self.engine.outbox.take()
+
+    def rows(self, *messages: Message) -> list[TokenRow]:
+        """One turn; gives the rows that it reported."""
+        rows: list[TokenRow] = []
+        for effect in self.turn(*messages):
+            message = getattr(effect, "message", None)
+            if isinstance(message, StepOutput):
+                self.steps.append(message.step)
+                rows += message.rows
+        return rows
+
+    def join(self, epoch: int) -> None:
+        self.turn()
+        self.turn(Welcome(epoch))
+
+    def run(self, *messages: Message) -> dict[int, list[int]]:
+        """Turns until nothing more comes; the tokens of each request that ended."""
+        outputs: dict[int, list[int]] = {}
+        rows = self.rows(*messages)
+        while rows:
+            for row in rows:
+                outputs.setdefault(row.request_id, []).extend(row.tokens)
+            rows = self.rows()
+        return outputs
+
+    @property
+    def blocks_free(self) -> int:
+        return self.engine.heartbeat(self.clock.now()).blocks_free
+
+    @property
+    def num_sequences(self) -> int:
+        beat = self.engine.heartbeat(self.clock.now())
+        return beat.running + beat.waiting
+
+
+@pytest.fixture
+def stage() -> Stage:
+    """An engine with a session of epoch 5."""
+    stage = Stage()
+    stage.join(5)
+    return stage
+
+
+def test_it_says_hello_with_its_capacity() -> None:
+    stage = Stage()
+    (send,) = stage.turn()
+    capacity = Capacity(4, 64, NUM_BLOCKS, 4)
+    hello = Hello(Role.ENGINE, "engine-0", 41, model="demo", capacity=capacity)
+    assert (getattr(send, "to", None), getattr(send, "message", None)) == (SUPERVISOR, hello)
+
+
+def test_it_is_an_actor_that_beats() -> None:
+    assert isinstance(Stage().engine, BeatingActor)
+
+
+def test_a_request_is_run_to_its_end_and_every_step_reported(stage: Stage) -> None:
+    rows = stage.rows(Assign(request(1), 1))
+    while not rows[-1].finish:
+        rows += stage.rows()
+    assert [len(row.tokens) for row in rows] == [1] * 5
+    assert [row.position for row in rows] == list(range(5))
+    assert [row.finish for row in rows] == [0, 0, 0, 0, FinishReason.LENGTH]
+    assert stage.steps == [1, 2, 3, 4, 5]
+    output: tuple[int, ...] = ()
+    for row in rows:
+        output += row.tokens
+        assert row.prefix_hash == extend_prefix_hash(0, output)
+        assert (row.request_id, row.attempt) == (1, 1)
+    assert stage.blocks_free == NUM_BLOCKS
+    assert stage.rows() == []
+
+
+def test_tokens_do_not_depend_on_company_or_on_where_a_request_goes_on(stage: Stage) -> None:
+    alone = stage.run(Assign(request(1), 1))[1]
+    crowd = [Assign(request(number, seed=number), 1) for number in range(10, 20)]
+    assert stage.run(*crowd, Assign(request(1), 2))[1] == alone
+    for cut in range(len(alone)):
+        resumed = stage.run(Assign(request(1), 3 + cut, tuple(alone[:cut])))[1]
+        assert resumed == alone[cut:]
+
+
+def test_a_resumed_request_goes_on_at_its_position_with_its_hash(stage: Stage) -> None:
+    (row,) = stage.rows(Assign(request(1), 4, (8, 9)))
+    assert (row.attempt, row.position) == (4, 2)
+    assert row.prefix_hash == extend_prefix_hash(0, (8, 9, *row.tokens))
+
+
+def test_a_prompt_longer_than_a_step_says_nothing_until_it_is_read(stage: Stage) -> None:
+    assert stage.rows(Assign(request(1, prompt=40), 1)) == []
+    assert len(stage.rows()) == 1
+
+
+def test_a_cancelled_request_gives_its_blocks_back_within_a_step(stage: Stage) -> None:
+    stage.rows(Assign(request(1, max_tokens=50), 1))
+    assert stage.blocks_free < NUM_BLOCKS
+    (row,) = stage.rows(Cancel(1))
+    assert (row.finish, row.tokens) == (FinishReason.CANCELLED, ())
+    assert stage.blocks_free == NUM_BLOCKS
+    assert stage.rows(Cancel(1), Cancel(99)) == []
+
+
+def test_a_request_that_cannot_be_served_ends_at_once(stage: Stage) -> None:
+    rows = stage.rows(
+        Assign(request(1, prompt=64), 1),
+        Assign(request(2, prompt=65), 1),
+        Assign(Request(3, 3, (), SamplingParams(seed=1, max_tokens=5)), 1),
+        Assign(request(4, max_tokens=0), 1),
+        Assign(request(5, max_tokens=2), 2, (8, 9)),
+    )
+    ends = {row.request_id: row.finish for row in rows if row.finish}
+    assert ends == {
+        1: FinishReason.LENGTH,
+        2: FinishReason.ERROR,
+        3: FinishReason.ERROR,
+        4: FinishReason.LENGTH,
+        5: FinishReason.LENGTH,
+    }
+    assert stage.num_sequences == 0
+
+
+def test_a_later_attempt_replaces_an_earlier_one_and_not_the_other_way_round(stage: Stage) -> None:
+    stage.rows(Assign(request(1), 1))
+    (row,) = stage.rows(Assign(request(1), 3, (8, 9)))
+    assert (row.attempt, row.position) == (3, 2)
+    (row,) = stage.rows(Assign(request(1), 2))
+    assert (row.attempt, row.position) == (3, 3)
+    assert stage.num_sequences == 1
+
+
+def lost_by_fence(stage: Stage) -> list[Effect]:
+    return stage.turn(Fenced(5))
+
+
+def lost_by_silence(stage: Stage) -> list[Effect]:
+    stage.clock.sleep(SUPERVISOR_SILENT_S)
+    return stage.turn()
+
+
+def lost_by_deafness(stage: Stage) -> list[Effect]:
+    stage.engine.lose(SUPERVISOR, stage.clock.now())
+    return stage.turn()
+
+
+@pytest.mark.parametrize("lose", [lost_by_fence, lost_by_silence, lost_by_deafness])
+def test_with_its_session_an_engine_loses_all_its_work_and_asks_for_another(lose: Any) -> None:
+    stage = Stage()
+    stage.join(5)
+    stage.rows(*[Assign(request(number, max_tokens=50), 1) for number in range(10)])
+    assert stage.num_sequences == 10
+    effects = lose(stage)
+    assert stage.num_sequences == 0
+    assert stage.blocks_free == NUM_BLOCKS
+    assert CloseSession(SUPERVISOR) in effects
+    hellos = [
+        message
+        for effect in effects
+        if isinstance(message := getattr(effect, "message", None), Hello)
+    ]
+    assert [hello.last_epoch for hello in hellos] == [5]
+    assert not any(isinstance(getattr(effect, "message", None), StepOutput) for effect in effects)
+    assert stage.rows() == []
+    assert OpenSession(SUPERVISOR, 6) in stage.turn(Welcome(6))
+    assert len(stage.rows(Assign(request(1), 2))) == 1
+
+
+def test_without_a_session_nothing_is_reported() -> None:
+    stage = Stage()
+    assert stage.rows(Assign(request(1), 1)) == []
+    stage.join(5)
+    assert stage.num_sequences == 0
+    assert stage.rows() == []
+
+
+def test_it_wants_its_next_turn_at_once_while_there_is_work(stage: Stage) -> None:
+    idle_until = stage.engine.wake_at
+    assert idle_until is not None
+    assert idle_until > stage.clock.now()
+    stage.rows(Assign(request(1), 1))
+    assert stage.engine.wake_at == stage.clock.now()
+    stage.run()
+    idle_until = stage.engine.wake_at
+    assert idle_until is not None
+    assert idle_until > stage.clock.now()
+
+
+def test_a_step_takes_its_time() -> None:
+    stage = Stage(step_s=0.25)
+    stage.join(5)
+    before = stage.clock.now()
+    stage.run(Assign(request(1), 1), Assign(request(2), 1))
+    assert stage.clock.now() == pytest.approx(before + 5 * 0.25)
+
+
+def test_a_long_step_does_not_make_the_supervisor_seem_silent() -> None:
+    stage = Stage(step_s=2 * SUPERVISOR_SILENT_S)
+    stage.join(5)
+    stage.turn(Assign(request(1), 1))
+    stage.rows(Pulse())
+    assert stage.num_sequences == 1
+    assert len(stage.rows(Pulse())) == 1
+
+
+class Watching:
+    """A runner that looks at its engine's heartbeat while it runs."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.beats: list[tuple[str, int, float]] = []
+
+    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+        assert self.engine is not None
+        beat = self.engine.heartbeat(107.0)
+        self.beats.append((beat.phase, beat.step, beat.phase_for_s))
+        return {scheduled.sequence.request_id: SampledToken(5) for scheduled in plan.scheduled}
+
+
+def test_a_heartbeat_tells_what_the_engine_is_doing() -> None:
+    runner = Watching()
+    clock = VirtualClock(100.0)
+    engine = Engine(
+        "engine-0",
+        pid=41,
+        model="demo",
+        scheduler_config=CONFIG,
+        num_blocks=NUM_BLOCKS,
+        runner=runner,
+        clock=clock,
+    )
+    runner.engine = engine
+    idle = engine.heartbeat(103.0)
+    assert (idle.phase, idle.phase_for_s, idle.step, idle.blocks_free) == ("idle", 3.0, 0, 16)
+    clock.sleep(5.0)
+    for number in range(6):
+        engine.handle(Assign(request(number), 1), SUPERVISOR, 105.0)
+    engine.decide(105.0)
+    engine.decide(105.0)
+    assert runner.beats == [("step", 0, 2.0), ("step", 1, 2.0)]
+    beat = engine.heartbeat(105.5)
+    assert (beat.phase, beat.step, beat.phase_for_s) == ("idle", 2, 0.5)
+    assert (beat.running, beat.waiting, beat.blocks_free) == (4, 2, 12)
+
+
+def test_what_nobody_should_say_to_an_engine_changes_nothing(stage: Stage) -> None:
+    stage.rows(Assign(request(1, max_tokens=50), 1))
+    for message in (Accepted(1), ClusterState(1, 1, 1), Submit(request(9)), Fenced(4), Welcome(6)):
+        assert len(stage.rows(message)) == 1
+    assert stage.num_sequences == 1

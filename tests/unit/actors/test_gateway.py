@@ -1,0 +1,329 @@
+"""The gateway's core, message by message: whatever happens, each sink hears one end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from understudy.actors.gateway import ANSWER_WITHIN_S, NOBODY, Gateway
+from understudy.protocol.errors import InternalError, Overloaded, RequestError, Unavailable
+from understudy.protocol.messages import (
+    Accepted,
+    Assign,
+    Cancel,
+    ClusterState,
+    Deliver,
+    Failed,
+    Fenced,
+    Hello,
+    Message,
+    Pulse,
+    Rejected,
+    Role,
+    Submit,
+    Welcome,
+)
+from understudy.protocol.request import FinishReason, Request, SamplingParams, TokenRow
+from understudy.runtime.kit.actor import SUPERVISOR, CloseSession, Effect, OpenSession, Send
+from understudy.runtime.kit.membership import SUPERVISOR_SILENT_S
+
+PARAMS = SamplingParams(seed=1, max_tokens=10)
+STATE = ClusterState(2, 2, 2048)
+
+
+def request(request_id: int) -> Request:
+    return Request(request_id, request_id, (1, 2, 3), PARAMS)
+
+
+def row(request_id: int, position: int, *tokens: int, finish: int = 0) -> TokenRow:
+    return TokenRow(request_id, 1, position, tokens, 0, finish)
+
+
+class Listener:
+    """A sink that keeps what it hears, and insists on hearing nothing after the end."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.engines: list[str] = []
+        self.finish = 0
+        self.error: RequestError | None = None
+        self.on_deliver: Callable[[], None] = lambda: None
+
+    @property
+    def has_ended(self) -> bool:
+        return bool(self.finish) or self.error is not None
+
+    def deliver(self, row: TokenRow, engine: str) -> None:
+        assert not self.has_ended
+        self.tokens += row.tokens
+        self.engines.append(engine)
+        self.finish = row.finish
+        self.on_deliver()
+
+    def fail(self, error: RequestError) -> None:
+        assert not self.has_ended
+        self.error = error
+
+
+class Stage:
+    """A gateway, and what it sends."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.gateway = Gateway("gateway-0", pid=41, model="demo", address="127.0.0.1:80")
+
+    def turn(self, *messages: Message, after_s: float = 0.0) -> list[Effect]:
+        self.now += after_s
+        for message in messages:
+            self.gateway.handle(message, SUPERVISOR, self.now)
+        self.gateway.decide(self.now)
+        return self.gateway.outbox.take()
+
+    def said(self, *messages: Message, after_s: float = 0.0) -> list[Message]:
+        """One turn; gives the messages sent, signs of life left out."""
+        effects = self.turn(*messages, after_s=after_s)
+        sent = [effect.message for effect in effects if isinstance(effect, Send)]
+        return [message for message in sent if not isinstance(message, Pulse)]
+
+    def submit(self, request_id: int) -> Listener:
+        listener = Listener()
+        self.gateway.submit(request(request_id), listener, self.now)
+        return listener
+
+    def submit_accepted(self, request_id: int) -> Listener:
+        listener = self.submit(request_id)
+        assert self.said(Accepted(request_id)) == [Submit(request(request_id))]
+        return listener
+
+
+@pytest.fixture
+def stage() -> Stage:
+    """A gateway with a session of epoch 5."""
+    stage = Stage()
+    stage.turn()
+    stage.turn(Welcome(5), STATE)
+    return stage
+
+
+def test_it_says_who_it_is_and_where_it_listens() -> None:
+    assert Stage().said() == [
+        Hello(Role.GATEWAY, "gateway-0", 41, model="demo", address="127.0.0.1:80")
+    ]
+
+
+def test_it_knows_the_cluster_as_long_as_it_has_a_session(stage: Stage) -> None:
+    assert stage.gateway.is_connected
+    assert stage.gateway.cluster == STATE
+    stage.turn(Fenced(5))
+    assert not stage.gateway.is_connected
+    assert stage.gateway.cluster == NOBODY
+    stage.turn(Welcome(6))
+    assert stage.gateway.is_connected
+    assert stage.gateway.cluster == NOBODY
+    stage.turn(STATE)
+    assert stage.gateway.cluster == STATE
+
+
+def test_tokens_reach_their_sink_in_order_and_the_end_comes_once(stage: Stage) -> None:
+    one, other = stage.submit_accepted(1), stage.submit_accepted(2)
+    stage.turn(Deliver((row(1, 0, 5), row(2, 0, 50)), "engine-0"))
+    stage.turn(Deliver((row(1, 1, 6, 7), row(1, 3, 8, finish=FinishReason.STOP)), "engine-1"))
+    assert (one.tokens, one.finish) == ([5, 6, 7, 8], FinishReason.STOP)
+    assert one.engines == ["engine-0", "engine-1", "engine-1"]
+    assert (other.tokens, other.finish) == ([50], 0)
+    assert stage.gateway.num_open == 1
+    stage.turn(Deliver((row(1, 4, 9, finish=FinishReason.STOP),)), Failed(1, "x", "late"))
+    assert one.tokens == [5, 6, 7, 8]
+
+
+def test_an_end_without_a_token_is_an_end(stage: Stage) -> None:
+    listener = stage.submit_accepted(1)
+    stage.turn(Deliver((row(1, 0, finish=FinishReason.ERROR),)))
+    assert (listener.tokens, listener.finish) == ([], FinishReason.ERROR)
+    assert stage.gateway.num_open == 0
+
+
+def test_a_gap_in_the_positions_is_our_own_mistake(stage: Stage) -> None:
+    stage.submit_accepted(1)
+    with pytest.raises(AssertionError, match="order"):
+        stage.turn(Deliver((row(1, 1, 5),)))
+
+
+def test_without_a_session_a_request_fails_at_once() -> None:
+    stage = Stage()
+    listener = stage.submit(1)
+    assert isinstance(listener.error, Unavailable)
+    assert listener.error.retry_after_s == 1.0
+    assert stage.gateway.num_open == 0
+    assert not any(isinstance(message, Submit) for message in stage.said())
+
+
+def test_a_rejected_request_fails_with_the_time_to_come_back(stage: Stage) -> None:
+    listener = stage.submit(1)
+    stage.turn(Rejected(1, "overloaded", "full", 7.5))
+    assert isinstance(listener.error, Overloaded)
+    assert (listener.error.message, listener.error.retry_after_s) == ("full", 7.5)
+    assert stage.gateway.num_open == 0
+    stage.turn(Rejected(1, "overloaded", "again"))
+
+
+def test_a_failed_request_fails_after_its_tokens(stage: Stage) -> None:
+    listener = stage.submit_accepted(1)
+    stage.turn(Deliver((row(1, 0, 5),)), Failed(1, "unavailable", "no engine"))
+    assert listener.tokens == [5]
+    assert isinstance(listener.error, Unavailable)
+
+
+def test_an_error_that_nobody_knows_is_internal(stage: Stage) -> None:
+    listener = stage.submit_accepted(1)
+    stage.turn(Failed(1, "from the future", "what"))
+    assert isinstance(listener.error, InternalError)
+
+
+def test_a_cancelled_request_hears_nothing_more_and_the_supervisor_hears_of_it(
+    stage: Stage,
+) -> None:
+    listener = stage.submit_accepted(1)
+    stage.gateway.cancel(1)
+    stage.gateway.cancel(1)
+    assert stage.said() == [Cancel(1)]
+    stage.turn(Deliver((row(1, 0, 5, finish=FinishReason.STOP),)), Failed(1, "x", "late"))
+    assert stage.said(Fenced(5)) != []
+    assert not listener.has_ended
+    assert listener.tokens == []
+
+
+def test_a_request_cancelled_before_it_left_is_still_submitted_and_cancelled(stage: Stage) -> None:
+    stage.submit(1)
+    stage.gateway.cancel(1)
+    assert stage.said() == [Submit(request(1)), Cancel(1)]
+    assert stage.said(after_s=ANSWER_WITHIN_S - 8.0) == []
+
+
+def test_cancelling_what_is_unknown_or_has_ended_says_nothing(stage: Stage) -> None:
+    stage.submit_accepted(1)
+    stage.turn(Deliver((row(1, 0, finish=FinishReason.STOP),)))
+    for request_id in (1, 99):
+        stage.gateway.cancel(request_id)
+    assert stage.said() == []
+
+
+def test_a_sink_may_cancel_while_it_is_told_something(stage: Stage) -> None:
+    listener = stage.submit_accepted(1)
+    listener.on_deliver = lambda: stage.gateway.cancel(1)
+    assert stage.said(Deliver((row(1, 0, 5), row(1, 1, 6)))) == [Cancel(1)]
+    assert listener.tokens == [5]
+
+
+def test_a_sink_may_cancel_while_it_is_told_the_end(stage: Stage) -> None:
+    listener = stage.submit_accepted(1)
+    listener.on_deliver = lambda: stage.gateway.cancel(1)
+    assert stage.said(Deliver((row(1, 0, 5, finish=FinishReason.STOP),))) == []
+    assert listener.finish == FinishReason.STOP
+
+
+def test_a_sink_that_fails_may_submit_again(stage: Stage) -> None:
+    second = Listener()
+
+    class Retrying(Listener):
+        def fail(self, error: RequestError) -> None:
+            super().fail(error)
+            stage.gateway.submit(request(2), second, stage.now)
+
+    stage.gateway.submit(request(1), Retrying(), stage.now)
+    assert stage.said(Rejected(1, "overloaded", "full")) == [
+        Submit(request(1)),
+        Submit(request(2)),
+    ]
+    stage.turn(Fenced(5))
+    assert second.has_ended
+
+
+def test_a_sink_that_fails_with_the_session_is_told_at_once_that_there_is_none(
+    stage: Stage,
+) -> None:
+    second = Listener()
+
+    class Retrying(Listener):
+        def fail(self, error: RequestError) -> None:
+            super().fail(error)
+            stage.gateway.submit(request(2), second, stage.now)
+
+    stage.gateway.submit(request(1), Retrying(), stage.now)
+    stage.turn(Fenced(5))
+    assert isinstance(second.error, Unavailable)
+
+
+def lost_by_fence(stage: Stage) -> list[Effect]:
+    return stage.turn(Fenced(5))
+
+
+def lost_by_silence(stage: Stage) -> list[Effect]:
+    return stage.turn(after_s=SUPERVISOR_SILENT_S)
+
+
+def lost_by_deafness(stage: Stage) -> list[Effect]:
+    stage.gateway.lose(SUPERVISOR, stage.now)
+    return stage.turn()
+
+
+@pytest.mark.parametrize("lose", [lost_by_fence, lost_by_silence, lost_by_deafness])
+def test_with_the_session_every_open_request_fails_once(
+    stage: Stage, lose: Callable[[Stage], list[Effect]]
+) -> None:
+    listeners = [stage.submit_accepted(1), stage.submit_accepted(3), stage.submit(2)]
+    stage.turn(Deliver((row(3, 0, 5, finish=FinishReason.STOP),)))
+    effects = lose(stage)
+    assert CloseSession(SUPERVISOR) in effects
+    assert [type(listener.error) for listener in listeners] == [
+        InternalError,
+        type(None),
+        InternalError,
+    ]
+    assert stage.gateway.num_open == 0
+    hellos = [send.message for send in effects if isinstance(send, Send)]
+    assert [message.last_epoch for message in hellos if isinstance(message, Hello)] == [5]
+    assert OpenSession(SUPERVISOR, 6) in stage.turn(Welcome(6))
+    stage.turn(Deliver((row(1, 0, 5, finish=1),)), Failed(2, "x", "late"), Accepted(1))
+    assert stage.submit_accepted(4).error is None
+
+
+def test_a_request_that_is_never_answered_fails_and_is_cancelled(stage: Stage) -> None:
+    unanswered = stage.submit(1)
+    answered = stage.submit(2)
+    assert len(stage.said(Accepted(2))) == 2
+    for _ in range(round(ANSWER_WITHIN_S) - 1):
+        assert stage.said(Pulse(), after_s=1.0) == []
+    later = stage.submit(3)
+    assert stage.said(Pulse(), after_s=1.0) == [Submit(request(3)), Cancel(1)]
+    assert isinstance(unanswered.error, Unavailable)
+    assert not answered.has_ended
+    assert not later.has_ended
+    stage.turn(Accepted(1), Deliver((row(1, 0, 5),)))
+    assert unanswered.tokens == []
+
+
+def test_it_wakes_when_an_answer_is_overdue(stage: Stage) -> None:
+    stage.submit(1)
+    due = stage.now + ANSWER_WITHIN_S
+    wake_at = stage.gateway.wake_at
+    while wake_at is not None and stage.gateway.num_open:
+        assert wake_at <= due
+        stage.turn(Pulse(), after_s=max(0.0, wake_at - stage.now))
+        wake_at = stage.gateway.wake_at
+    assert stage.now == due
+
+
+def test_what_nobody_should_say_to_a_gateway_changes_nothing(stage: Stage) -> None:
+    listener = stage.submit_accepted(1)
+    for message in (Assign(request(1), 1), Cancel(1), Submit(request(1)), Fenced(4), Welcome(6)):
+        assert stage.said(message) == []
+    assert not listener.has_ended
+    assert stage.gateway.num_open == 1
+
+
+def test_a_request_id_is_open_once(stage: Stage) -> None:
+    stage.submit(1)
+    with pytest.raises(AssertionError):
+        stage.submit(1)
