@@ -13,7 +13,6 @@ Which block belongs to whom is the KV cache manager's business; here a slot is a
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.memory import available_memory
 
 _MIB: Final = 1 << 20
-_MEMINFO: Final = Path("/proc/meminfo")
 
 
 class LayerCache(NamedTuple):
@@ -158,11 +157,3 @@ def blocks_that_fit(
         f"{num_blocks * block_bytes // _MIB} MiB ({source})"
     )
     return KVCacheSize(num_blocks, reason, warning)
-
-
-def available_memory(meminfo: Path = _MEMINFO) -> int:
-    """Bytes that can be allocated without swapping, as the kernel estimates it."""
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigurationError(f"{meminfo}: no MemAvailable; set --kv-cache-memory")

@@ -17,8 +17,8 @@ from torch import Tensor
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.model.checkpoint import Checkpoint
 from understudy.runtime.model.config import ModelConfig
-from understudy.runtime.model.kv_cache import available_memory
 from understudy.runtime.model.layers import Linear
+from understudy.runtime.model.memory import available_memory
 from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.transformer import LayerWeights, ModelWeights, Transformer
 

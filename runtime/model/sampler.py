@@ -169,7 +169,8 @@ class Sampler:
         least = values.gather(1, (top_k - 1).clamp_(max=last))
         least = torch.where(top_k > last, -math.inf, least)
         # Nucleus: the fewest whose mass reaches top_p of what top-k left.
-        num_left = (values >= least).sum(dim=1, keepdim=True)
+        # A row that is not finite compares with nothing; it must not index with -1.
+        num_left = (values >= least).sum(dim=1, keepdim=True).clamp_(min=1)
         mass_left = torch.where(top_k > last, whole, masses.gather(1, num_left - 1))
         num_nucleus = (masses < top_p * mass_left).sum(dim=1, keepdim=True)
         nucleus_least = values.gather(1, num_nucleus.clamp(max=last))
