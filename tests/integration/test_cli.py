@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, empty_cluster, run_understudy, running_cluster
+from tests.cluster import Cluster, clean_environment, empty_cluster, run_understudy, running_cluster
 from understudy.tools.control import State
 
 
@@ -236,10 +240,31 @@ def test_detached_start_gives_the_failures_line_and_status(nothing: Cluster) -> 
     assert not nothing.leftovers()
 
 
+ECHO = {"UNDERSTUDY_ENGINE": "echo", "UNDERSTUDY_ECHO_TOKENS_PER_S": "200"}
+
+
 def test_demo_streams_an_answer_and_says_who_made_it() -> None:
-    done = run_understudy(
-        "demo", environment={"UNDERSTUDY_ENGINE": "echo", "UNDERSTUDY_ECHO_TOKENS_PER_S": "200"}
-    )
+    done = run_understudy("demo", environment=ECHO)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\n\nMade by engine-" in done.stdout
     assert ", one of 2 engines.\n" in done.stdout
+
+
+def test_demo_that_stays_says_what_to_try_and_ends_with_0_when_interrupted() -> None:
+    command = [sys.executable, "-m", "understudy.tools.cli", "demo", "--stay"]
+    with subprocess.Popen(
+        command, env=clean_environment() | ECHO, stdout=subprocess.PIPE, text=True
+    ) as demo:
+        assert demo.stdout is not None
+        lines: list[str] = []
+        while not lines or not lines[-1].startswith("To stop:"):
+            lines.append(demo.stdout.readline())
+            assert lines[-1], lines
+        run_dir = Path(lines[-1].split("--run-dir ")[1].strip())
+        said = "".join(lines)
+        (url,) = set(re.findall(r"http://[\w.:]+/v1", said))
+        with urllib.request.urlopen(f"{url}/models", timeout=60) as response:
+            assert json.load(response)["data"][0]["id"] == "understudy-demo"
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == 0
+    assert not run_dir.exists()
