@@ -280,7 +280,14 @@ def main() -> int:
         prog="python -m understudy.tools.bench.front_path",
         description="Measure Understudy's own path against a bare aiohttp server.",
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, choices=range(1, ROUNDS_MAX + 1))
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=ROUNDS,
+        choices=range(1, ROUNDS_MAX + 1),
+        metavar="N",
+        help=f"1 to {ROUNDS_MAX} (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here as well")
     arguments = parser.parse_args()
     try:
