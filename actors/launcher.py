@@ -195,6 +195,8 @@ class Launcher:
         is_clean = self._watch.stop([self._gateway], limit_s=streams_s + _END_WITHIN_S)
         is_clean &= self._watch.stop(self._engines, limit_s=_END_WITHIN_S)
         is_clean &= self._watch.stop([self._supervisor], limit_s=_END_WITHIN_S)
+        if not is_clean:
+            self._log.warning("killed what had not ended in time")
         return is_clean
 
 

@@ -25,7 +25,7 @@ def start(flags: Mapping[str, str], *, is_detached: bool) -> int:
     config = launcher_config(settle_with_model(flags), cores=cores)
     if is_detached:
         return _start_detached(config)
-    return run_node(config, lambda ready: _say(_ready_message(config, ready)))
+    return run_node(config, lambda ready: _say(_ready_message(config, ready, "Ctrl-C, or ")))
 
 
 def run_node(
@@ -129,11 +129,11 @@ def _run_in_background(config: LauncherConfig, log_path: Path, writer: int) -> N
         os._exit(status)
 
 
-def _ready_message(config: LauncherConfig, ready: Ready) -> str:
+def _ready_message(config: LauncherConfig, ready: Ready, quick_stop: str = "") -> str:
     engines = "1 engine serves" if ready.engines == 1 else f"{ready.engines} engines serve"
     return (
         f"understudy is ready: {engines} {ready.model} at {base_url(ready.address)}\n"
-        f"to stop it: understudy stop --run-dir {config.run_dir}"
+        f"to stop it: {quick_stop}understudy stop --run-dir {config.run_dir}"
     )
 
 
