@@ -28,7 +28,8 @@ class Driver:
             for sender, message in self.sessions.incoming(peer, raw, now):
                 self.actor.handle(message, sender, now)
             # A session that was opened or closed by this frame decides about the next one.
-            outgoing += self.sessions.outgoing(self.actor.outbox.take(), now)
+            if effects := self.actor.outbox.take():
+                outgoing += self.sessions.outgoing(effects, now)
         self.actor.decide(now)
         # Work done in decide() takes time: what comes of it is sent at its end.
         now = self.clock.now()

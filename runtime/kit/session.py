@@ -81,6 +81,8 @@ class Session:
     @property
     def next_due(self) -> float | None:
         """When ``due`` will next have something to send."""
+        if self._resend_at is None and self._ack_at is None and not self._early:
+            return None  # as nearly always: it is asked for each session at each turn
         gap_at = self._gap_reported_at + GAP_REPORT_EVERY_S if self._early else None
         times = [at for at in (gap_at, self._resend_at, self._ack_at) if at is not None]
         return min(times, default=None)

@@ -89,6 +89,8 @@ class _Player:
     clock: VirtualClock
     inbox: list[tuple[str, bytes]] = field(default_factory=list)
     turn_at: float | None = None
+    alarms: set[float] = field(default_factory=set)
+    """When it will be looked at; only the alarm at ``turn_at`` makes a turn."""
 
 
 Factory = Callable[[int, VirtualClock], Actor]
@@ -118,6 +120,14 @@ class VirtualLoop:
     def actor(self, name: str) -> Actor:
         """The present incarnation of an actor."""
         return self._players[name].actor
+
+    def is_on_stage(self, name: str) -> bool:
+        """Whether an actor lives at this moment."""
+        return name in self._players
+
+    def incarnation(self, name: str) -> int:
+        """Which incarnation of an actor it is, or was last, counting from 1."""
+        return self._incarnations[name]
 
     def crash(self, name: str) -> None:
         """Kill an actor at this moment: its state and what it has not sent yet are gone."""
@@ -171,9 +181,12 @@ class VirtualLoop:
         if player.turn_at is not None and player.turn_at <= at:
             return
         player.turn_at = at
-        self.at(at, lambda: self._turn(player, at))
+        if at not in player.alarms:
+            player.alarms.add(at)
+            self.at(at, lambda: self._turn(player, at))
 
     def _turn(self, player: _Player, at: float) -> None:
+        player.alarms.discard(at)
         if player.turn_at != at or self._by_identity.get(player.identity) is not player:
             return
         player.turn_at = None
