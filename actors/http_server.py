@@ -1,0 +1,286 @@
+"""The gateway's HTTP server: paths, errors, health. What generates is in ``http_generation``.
+
+Every answer that is not a success is an error object in OpenAI's form, those of aiohttp included.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import random
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+
+from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler, Middleware
+
+from understudy.actors.http_choices import RequestPort
+from understudy.actors.http_generation import GenerationEndpoints, HttpLimits, json_response
+from understudy.protocol.errors import (
+    ConfigurationError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    PayloadTooLarge,
+    RequestError,
+    Unavailable,
+)
+from understudy.protocol.openai.models import model_list, model_object
+from understudy.runtime.kit.clock import Clock
+from understudy.runtime.log import get_logger
+from understudy.runtime.served_model import ServedModel
+
+BACKLOG: Final = 1024
+SEND_BUFFER_BYTES: Final = 64 << 10
+"""The kernel's share of what a client may leave unread; Linux doubles it."""
+WRITE_LAST_S: Final = 1.0
+"""For what the last calls have still to write when the server stops."""
+RETRY_AFTER_S: Final = 1.0
+RETRY_AFTER_MAX_S: Final = 120.0
+"""Above it the OpenAI clients do not wait."""
+RETRY_JITTER: Final = 0.2
+
+REQUEST_ID_HEADER: Final = "X-Request-Id"
+
+_REQUEST_ID: Final = web.RequestKey("request_id", str)
+_REQUEST_ID_FORM: Final = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; ``port`` 0 is any free one.
+
+    Connections inherit the small send buffer, so that clients who do not read cost little.
+
+    Raises:
+        ConfigurationError: the address is none, or is in use.
+    """
+    if not 0 <= port < 1 << 16:
+        raise ConfigurationError(f"cannot listen on {host}:{port}: ports end at 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+            listener.setblocking(False)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error}") from error
+    return listener
+
+
+async def serve_http(
+    port: RequestPort,
+    wake: Callable[[], None],
+    served: ServedModel,
+    *,
+    listener: socket.socket,
+    clock: Clock,
+    limits: HttpLimits | None = None,
+    chance: random.Random | None = None,
+    wall_clock: Callable[[], float] = time.time,
+) -> web.AppRunner:
+    """Serve on a listening socket until the returned runner's ``cleanup``.
+
+    Args:
+        port: The gateway's core.
+        wake: Has the core's messages sent soon; called after each submission or cancellation.
+        served: The model.
+        listener: Where clients connect; closed by ``cleanup``.
+        clock: Time for the core.
+        limits: What one client may take.
+        chance: Where ids, seeds and jitter come from; the system's if ``None``.
+        wall_clock: Seconds since 1970.
+    """
+    limits = limits or HttpLimits()
+    chance = chance or secrets.SystemRandom()
+    generation = GenerationEndpoints(
+        port,
+        wake,
+        served,
+        limits=limits,
+        clock=clock,
+        wall_clock=wall_clock,
+        draw=chance.getrandbits,
+    )
+    app = web.Application(
+        client_max_size=limits.body_bytes_max, middlewares=[_error_middleware(chance)]
+    )
+    app.on_response_prepare.append(_add_request_id)
+    status = _StatusEndpoints(port, served)
+    app.router.add_post("/v1/chat/completions", generation.chat_completions)
+    app.router.add_post("/v1/completions", generation.completions)
+    app.router.add_get("/v1/models", status.models)
+    app.router.add_get("/v1/models/{model:.+}", status.model)
+    app.router.add_get("/health", status.ready)
+    app.router.add_get("/ready", status.ready)
+    app.router.add_get("/live", status.live)
+    app.router.add_get("/version", status.version)
+
+    async def stop(_: web.Application) -> None:
+        await generation.stop()
+
+    app.on_shutdown.append(stop)
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        auto_decompress=False,
+        logger=_aiohttp_logger(),
+        shutdown_timeout=WRITE_LAST_S,
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener, backlog=BACKLOG).start()
+    return runner
+
+
+def _aiohttp_logger() -> logging.Logger:
+    """Where aiohttp reports what goes wrong, but for requests that are no HTTP.
+
+    Those are the client's fault; a traceback for each would let anyone fill the log.
+    """
+    logger = logging.getLogger("aiohttp.server")
+    logger.addFilter(_is_our_fault)
+    return logger
+
+
+def _is_our_fault(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+
+
+class _StatusEndpoints:
+    """What is served, and whether it can be."""
+
+    def __init__(self, port: RequestPort, served: ServedModel) -> None:
+        self._port = port
+        self._served = served
+        try:
+            self._version = importlib.metadata.version("understudy")
+        except importlib.metadata.PackageNotFoundError:
+            self._version = "unknown"  # run from a tree that was never installed
+
+    async def models(self, _: web.Request) -> web.Response:
+        """Answer ``GET /v1/models``."""
+        return json_response(model_list(self._model()))
+
+    async def model(self, http_request: web.Request) -> web.Response:
+        """Answer ``GET /v1/models/{model}``."""
+        name = http_request.match_info["model"]
+        if name != self._served.name:
+            raise ModelNotFound(f"the model {name[:64]!r} is not served here", param="model")
+        return json_response(self._model())
+
+    async def live(self, _: web.Request) -> web.Response:
+        """Answer ``GET /live``: this process runs."""
+        return json_response({"status": "alive"})
+
+    async def ready(self, _: web.Request) -> web.Response:
+        """Answer ``GET /ready`` and ``GET /health``: a request sent now would be served."""
+        cluster = self._port.cluster
+        if not self._port.is_connected:
+            raise Unavailable("the supervisor cannot be reached")
+        if cluster.is_draining:
+            raise Unavailable("draining")
+        if cluster.engines_serving == 0:
+            raise Unavailable(f"none of {cluster.engines_known} engines is serving")
+        return json_response(
+            {
+                "status": "ready",
+                "engines_serving": cluster.engines_serving,
+                "engines_known": cluster.engines_known,
+            }
+        )
+
+    async def version(self, _: web.Request) -> web.Response:
+        """Answer ``GET /version``."""
+        return json_response({"version": self._version})
+
+    def _model(self) -> dict[str, object]:
+        served = self._served
+        traits = served.traits(max_model_len=self._port.cluster.max_model_len)
+        return model_object(
+            served.name,
+            created=served.created,
+            root=served.directory.name,
+            max_model_len=traits.max_model_len,
+        )
+
+
+def _error_middleware(chance: random.Random) -> Middleware:
+    """Turns what handlers raise into error objects, and names the request on every answer."""
+
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[_REQUEST_ID] = _request_id(request, chance)
+        try:
+            return await handler(request)
+        except RequestError as error:
+            return _error_response(error, chance)
+        except web.HTTPException as error:
+            response = _error_response(_own_error(error), chance, status=error.status)
+            if hdrs.ALLOW in error.headers:
+                response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
+            return response
+        except ConnectionError:
+            raise  # the client is gone; aiohttp knows what to do
+        except Exception:  # noqa: BLE001 - the outermost frame of a call
+            get_logger().exception("a request failed", path=request.path)
+            return _error_response(InternalError("the gateway failed"), chance)
+
+    return answer
+
+
+def _own_error(error: web.HTTPException) -> RequestError:
+    """What aiohttp refuses, in our words."""
+    match error.status:
+        case 404:
+            return NotFound("there is no such path")
+        case 405:
+            return MethodNotAllowed("this path does not take this method")
+        case 413:
+            return PayloadTooLarge("the body is too large")
+        case status if status < 500:
+            return InvalidRequest(error.reason)
+        case _:
+            return InternalError(error.reason)
+
+
+def _error_response(
+    error: RequestError, chance: random.Random, *, status: int | None = None
+) -> web.Response:
+    """An error object; with it, where a retry can help, when to come back.
+
+    Times are spread, so that clients refused together do not come back together.
+    """
+    status = status or error.status
+    headers = {}
+    if status in {429, 503}:
+        spread = chance.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+        retry_after_s = min(spread * (error.retry_after_s or RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+        headers["Retry-After"] = str(math.ceil(retry_after_s))
+        headers["retry-after-ms"] = str(math.ceil(1e3 * retry_after_s))
+    return json_response(error.body(), status=status, headers=headers)
+
+
+def _request_id(http_request: web.Request, chance: random.Random) -> str:
+    """The client's name for its request, or a new one."""
+    given = http_request.headers.get(REQUEST_ID_HEADER, "")
+    return given if _REQUEST_ID_FORM.fullmatch(given) else f"{chance.getrandbits(64):016x}"
+
+
+async def _add_request_id(http_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers[REQUEST_ID_HEADER] = http_request.get(_REQUEST_ID, "")

@@ -1,0 +1,286 @@
+"""Streamed answers: rows of tokens to server-sent events on a client's connection.
+
+As long as the client reads, a row becomes bytes on the transport within ``deliver``: no task is
+woken for it. When the client falls behind, its text is kept instead, as text, and goes out in
+one larger chunk once there is room; so a client that does not read costs a few bytes a token. It
+is given up when there was no room for ``write_timeout_s``::
+
+    deliver ──▶ is_flowing? ── yes ──▶ transport.write          the path of nearly every token
+                    │ no
+                    ▼
+                 held text ──▶ the handler's task: open, flush, wait for room, keep alive, end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from aiohttp import HttpVersion11, web
+
+from understudy.actors.gateway import Sink
+from understudy.actors.http_choices import ChoiceOutput, OpenRequests
+from understudy.protocol.errors import InternalError, RequestError
+from understudy.protocol.openai.answer import (
+    KEEP_ALIVE,
+    ChunkEncoder,
+    engine_comment,
+    error_event,
+    usage,
+)
+from understudy.protocol.request import TokenRow
+from understudy.runtime.log import get_logger
+
+HIGH_WATER_BYTES: Final = 32 << 10
+"""What waits here for a client to read, beside what the kernel has, before text is held."""
+LOW_WATER_BYTES: Final = 8 << 10
+
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
+_HEADERS: Final = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class _StreamedChoice:
+    """The sink of a choice that is streamed."""
+
+    __slots__ = (
+        "_encoder",
+        "_held",
+        "_is_complete",
+        "_is_plain",
+        "_is_started",
+        "_output",
+        "_reports_usage",
+        "_stream",
+    )
+
+    def __init__(
+        self,
+        output: ChoiceOutput,
+        text: str,
+        encoder: ChunkEncoder,
+        stream: EventStream,
+        *,
+        reports_usage: bool,
+    ) -> None:
+        self._output = output
+        self._held = text
+        self._encoder = encoder
+        self._stream = stream
+        self._reports_usage = reports_usage
+        self._is_started = False
+        self._is_complete = False
+        # Whether the next chunk is nothing but text, as long as it is not the last.
+        self._is_plain = False
+
+    def deliver(self, row: TokenRow, engine: str) -> None:
+        """See ``Sink``."""
+        output = self._output
+        stream = self._stream
+        text = output.advance(row)
+        if engine != stream.engine:
+            stream.change_engine(engine)
+        if self._is_plain and stream.is_flowing and not output.is_over:
+            if text:
+                stream.write(self._encoder.encode(output.num_tokens, text))
+            return
+        self._held += text
+        if stream.is_flowing:
+            self.flush()
+        if output.is_over:
+            stream.choice_over(output, has_ended=bool(row.finish))
+        elif not stream.is_flowing:
+            stream.wake()
+
+    def fail(self, error: RequestError) -> None:
+        """See ``Sink``."""
+        self._output.error = error
+        self._stream.choice_over(self._output, has_ended=True)
+
+    def flush(self) -> None:
+        """Write what is held, as one chunk."""
+        output = self._output
+        logprobs = output.take_logprobs()
+        if self._is_complete or not (self._held or logprobs or output.finish_reason):
+            return
+        chunk = self._encoder.encode_any(
+            output.num_tokens,
+            self._held,
+            is_first=not self._is_started,
+            finish_reason=output.finish_reason,
+            logprobs=logprobs or None,
+            usage=usage(len(output.request.prompt), output.num_tokens)
+            if self._reports_usage
+            else None,
+        )
+        self._held = ""
+        self._is_started = True
+        self._is_complete = output.finish_reason is not None
+        self._is_plain = logprobs is None and not self._reports_usage
+        self._stream.write(chunk)
+
+
+class EventStream:
+    """One call's stream of events, for all its choices.
+
+    Args:
+        http_request: What is answered.
+        requests: The call's open requests.
+        headers: Further headers of the response.
+        keep_alive_s: How often a comment is sent, whatever else is.
+        write_timeout_s: How long a client may leave no room before it is given up.
+
+    Attributes:
+        is_flowing: Whether chunks may be written as they come. Else they are held.
+        engine: Which engine makes the tokens, as far as the client was told.
+    """
+
+    def __init__(
+        self,
+        http_request: web.Request,
+        requests: OpenRequests,
+        *,
+        headers: dict[str, str],
+        keep_alive_s: float,
+        write_timeout_s: float,
+    ) -> None:
+        self._http_request = http_request
+        self._requests = requests
+        self._response = web.StreamResponse(headers={**_HEADERS, **headers})
+        self._keep_alive_s = keep_alive_s
+        self._write_timeout_s = write_timeout_s
+        self._choices: list[_StreamedChoice] = []
+        self._num_open = 0
+        self._error: RequestError | None = None
+        self._news = asyncio.Event()
+        self._is_chunked = http_request.version >= HttpVersion11
+        transport = http_request.transport
+        if transport is None:
+            raise ConnectionResetError("the client is gone")
+        self._transport = transport
+        self._protocol = http_request.protocol
+        self._engine_told = ""
+        self.is_flowing = False
+        self.engine = ""
+
+    def add(
+        self, output: ChoiceOutput, text: str, encoder: ChunkEncoder, *, reports_usage: bool
+    ) -> Sink:
+        """Add a choice whose text begins with ``text``; give its sink."""
+        choice = _StreamedChoice(output, text, encoder, self, reports_usage=reports_usage)
+        self._choices.append(choice)
+        self._num_open += 1
+        return choice
+
+    async def run(self, last_event: Callable[[], bytes]) -> web.StreamResponse:
+        """Stream until all choices are over, and then what ``last_event`` gives.
+
+        Raises:
+            RequestError: before the first event, so that it can still be the status.
+        """
+        is_early = await self._wait_for_news()
+        if self._error is not None:
+            raise self._error
+        await self._open()
+        if not is_early:
+            self.write(KEEP_ALIVE)
+        try:
+            if await self._stream():
+                self.write(last_event())
+        except ConnectionError:
+            pass  # the client is gone: aiohttp finds out when it ends the response
+        except Exception:  # noqa: BLE001 - the outermost frame of a call
+            get_logger().exception("a stream failed")
+            if not self._transport.is_closing():
+                self.write(error_event(InternalError("the gateway failed")))
+        finally:
+            self.is_flowing = False
+        return self._response
+
+    def write(self, data: bytes) -> None:
+        """Write to the connection, and stop the flow if the client has not read enough."""
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._transport.write(data)
+        if self._protocol.writing_paused:
+            self.is_flowing = False
+            self.wake()
+
+    def wake(self) -> None:
+        """Have the handler's task look at what is held."""
+        self._news.set()
+
+    def choice_over(self, output: ChoiceOutput, *, has_ended: bool) -> None:
+        """A choice has reached its end, or met a stop string before its request did."""
+        self._requests.close(output.request.request_id, has_ended=has_ended)
+        self._num_open -= 1
+        if self._error is None:
+            self._error = output.error
+        if self._num_open == 0 or self._error is not None:
+            self.is_flowing = False
+            self.wake()
+
+    def change_engine(self, engine: str) -> None:
+        """Say, for people who watch the stream, who makes the tokens from here on."""
+        self.engine = engine
+        if self.is_flowing:
+            self._tell_engine()
+
+    async def _open(self) -> None:
+        if self._is_chunked:
+            self._response.enable_chunked_encoding()
+        else:
+            self._response.force_close()
+        self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES, low=LOW_WATER_BYTES)
+        await self._response.prepare(self._http_request)
+        self._http_request.writer.send_headers()
+
+    def _tell_engine(self) -> None:
+        if self.engine != self._engine_told:
+            self._engine_told = self.engine
+            self.write(engine_comment(self.engine))
+
+    async def _stream(self) -> bool:
+        """Flush, let flow, and keep alive, until the end; false if it ended with an error."""
+        while True:
+            self._news.clear()
+            self._tell_engine()
+            for choice in self._choices:
+                choice.flush()
+            if self._error is not None:
+                self.write(error_event(self._error))
+                return False
+            if self._num_open == 0:
+                return True
+            if self._protocol.writing_paused:
+                await self._wait_for_room()
+                continue
+            self.is_flowing = True
+            if not await self._wait_for_news():
+                self.write(KEEP_ALIVE)
+
+    async def _wait_for_news(self) -> bool:
+        """Wait until something is held or over; false if it is time for a sign of life."""
+        try:
+            async with asyncio.timeout(self._keep_alive_s):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _wait_for_room(self) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._http_request.writer.drain()
+        except TimeoutError:
+            # Closed the hard way: the kernel would go on to keep what the client does not read.
+            connection = self._transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            self._transport.abort()
+            raise ConnectionResetError("the client does not read") from None

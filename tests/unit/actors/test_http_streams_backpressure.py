@@ -1,0 +1,119 @@
+"""Clients that read slowly or not at all, under both loops: they differ in when a writer pauses."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+import uvloop
+
+from tests.http_harness import Harness, serving
+from tests.tiny_models import write_model
+from understudy.actors.http_generation import HttpLimits
+from understudy.protocol.request import Request
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+NUM_MANY = 20_000
+
+
+def many(_: Request) -> list[int]:
+    return [70 + place % 300 for place in range(NUM_MANY)]
+
+
+class SlowClient:
+    """A connection with hardly any buffer, that reads when it is told to."""
+
+    def __init__(self, harness: Harness) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._socket.setblocking(False)
+        self._address = (harness.host, harness.port)
+
+    async def post(self, body: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(self._socket, self._address)
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
+        await loop.sock_sendall(self._socket, head % len(body) + body)
+
+    async def read_all(self) -> bytes:
+        """All that the server sent."""
+        loop = asyncio.get_running_loop()
+        pieces = []
+        while piece := await loop.sock_recv(self._socket, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+MANY_BODY = b'{"prompt": [70], "stream": true, "max_tokens": %d, "ignore_eos": true}' % NUM_MANY
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_client_that_falls_behind_gets_all_of_the_text_in_fewer_chunks(
+    loop: str, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        directory = write_model(tmp_path, max_position_embeddings=1 << 16)
+        async with serving(directory, many) as harness:
+            client = SlowClient(harness)
+            await client.post(MANY_BODY)
+            request = await harness.submitted()
+            # The engine has said everything before the client reads a byte.
+            while harness.gateway.num_open:  # noqa: ASYNC110 - the script ends by itself
+                await asyncio.sleep(0)
+            raw = await client.read_all()
+            client.close()
+            assert len(raw) < 600 * 1024
+            lines = unchunked(raw).split(b"\n")
+            data = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
+            assert data[-1] == b"[DONE]"
+            assert len(data) < NUM_MANY / 4
+            texts = [msgspec.json.decode(chunk)["choices"][0]["text"] for chunk in data[:-1]]
+            assert "".join(texts) == harness.served.tokenizer.decode(many(request))
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_client_that_does_not_read_is_given_up(loop: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        directory = write_model(tmp_path, max_position_embeddings=1 << 16)
+        limits = HttpLimits(write_timeout_s=0.05, shutdown_timeout_s=0.1)
+        async with serving(directory, limits=limits) as harness:
+            client = SlowClient(harness)
+            await client.post(MANY_BODY)
+            request = await harness.submitted()
+            while harness.gateway.num_open:
+                harness.gateway.deliver(request, *many(request)[:100])
+                await asyncio.sleep(0)
+            assert harness.gateway.cancelled == [request.request_id]
+            with pytest.raises(ConnectionResetError):
+                await client.read_all()
+            client.close()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(main())
+
+
+def unchunked(raw: bytes) -> bytes:
+    """The body of a chunked response, which must be complete."""
+    _, _, rest = raw.partition(b"\r\n\r\n")
+    pieces: list[bytes] = []
+    while True:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        if not length:
+            assert rest == b"\r\n"
+            return b"".join(pieces)
+        pieces.append(rest[:length])
+        assert rest[length : length + 2] == b"\r\n"
+        rest = rest[length + 2 :]
