@@ -7,6 +7,7 @@ not to itself. Weights are large enough that logits are decisive: no test hangs 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,14 +63,21 @@ QWEN3: Final[dict[str, Any]] = {
         "original_max_position_embeddings": 64,
     },
 }
-FAMILIES: Final = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+# Heads and layers as wide as the bundled model's.
+WIDE: Final[dict[str, Any]] = {
+    **LLAMA,
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "head_dim": 64,
+}
+FAMILIES: Final = {"llama": LLAMA, "wide": WIDE, "qwen2": QWEN2, "qwen3": QWEN3}
 
 
-def random_tensors(
-    config: dict[str, Any], *, seed: int = 0, scale: float = 0.2
-) -> dict[str, Tensor]:
+def random_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
     """The tensors of a checkpoint, by the names that transformers gives them."""
     generator = torch.Generator().manual_seed(seed)
+    scale = 1.6 / math.sqrt(config["hidden_size"])
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) * scale

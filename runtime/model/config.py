@@ -376,7 +376,7 @@ def _rope_scaling(rope: _Fields, fields: _Fields, max_positions: int) -> RopeSca
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind == "default":
         return None
-    if kind not in {"linear", "llama3", "yarn"}:
+    if kind not in ("linear", "llama3", "yarn"):
         rope.problem(
             f"{rope.prefix}rope_type {_shown(kind)} is not supported; "
             "supported: default, linear, llama3, yarn"

@@ -83,16 +83,22 @@ def cancelling_probe(
     and is small, so that even rounding the result to bfloat16 does not hide it.
     """
     generator = torch.Generator().manual_seed(_PROBE_SEED)
+
+    def random(*shape: int) -> Tensor:
+        # Of many magnitudes: sums of products of bfloat16 are often exact otherwise.
+        exponents = torch.randint(-6, 7, shape, generator=generator)
+        return torch.randn(*shape, generator=generator) * torch.exp2(exponents)
+
     num_rows = _ROW_COUNTS[-1] + ROWS_BASE
     half = in_features // 2
     order = torch.randperm(2 * half, generator=generator)
     rows = torch.zeros(num_rows, in_features)
-    rows[:, order] = torch.randn(num_rows, half, generator=generator).repeat(1, 2)
+    rows[:, order] = random(num_rows, half).repeat(1, 2)
     # All other outputs stay zero, which makes a probe of a large matrix cheap.
     num_outputs = min(2 * _PROBE_OUTPUTS, out_features)
     outputs = torch.arange(num_outputs)
     outputs[num_outputs // 2 :] += out_features - num_outputs
-    values = torch.randn(num_outputs, half, generator=generator)
+    values = random(num_outputs, half)
     columns = torch.zeros(num_outputs, in_features)
     columns[:, order] = torch.cat((values, -values), dim=1)
     weight = torch.zeros(out_features, in_features, dtype=dtype, device=device)

@@ -1,0 +1,100 @@
+"""The runner: which sequences are sampled, and that a seed's text is its own."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from tests.serving import request_of, serve
+from tests.unit.model.conftest import LoadModel
+from understudy.protocol.request import FinishReason, Request, SamplingParams
+from understudy.runtime.model.runner import ModelRunner
+from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
+from understudy.runtime.scheduling.sequence import Sequence
+
+PARAMS = [
+    SamplingParams(seed=0, max_tokens=24, temperature=0.0),
+    SamplingParams(seed=1, max_tokens=24),
+    SamplingParams(seed=2, max_tokens=24, top_k=20, top_p=0.9, temperature=1.3),
+    SamplingParams(seed=3, max_tokens=24, min_p=0.05, repetition_penalty=1.2),
+    SamplingParams(seed=4, max_tokens=24, frequency_penalty=0.4, presence_penalty=0.3, logprobs=2),
+    SamplingParams(
+        seed=5, max_tokens=24, logit_bias=((3, 2.0),), stop_token_ids=(3,), min_tokens=4
+    ),
+]
+
+
+def requests() -> list[Request]:
+    """32 requests: prompts of all lengths, parameters of all kinds."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = (1, 2, 9, 30, 64)
+    chosen = [(params, length) for params, length in product(PARAMS, lengths)]
+    chosen += [(PARAMS[1], 7), (PARAMS[2], 100)]
+    return [
+        request_of(i, torch.randint(128, (length,), generator=generator).tolist(), params)
+        for i, (params, length) in enumerate(chosen)
+    ]
+
+
+def test_a_step_without_sequences_computes_nothing(model_of: LoadModel) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    assert ModelRunner(model, num_blocks=1, block_size=8).execute(StepPlan(1, ())) == {}
+
+
+def test_only_sequences_that_caught_up_are_sampled(model_of: LoadModel) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    runner = ModelRunner(model, num_blocks=4, block_size=8)
+    params = SamplingParams(seed=0, max_tokens=4, temperature=0.0)
+    first = Sequence(request_of(1, range(10), params), attempt=0)
+    second = Sequence(request_of(2, range(5), params), attempt=0)
+    first.block_table, second.block_table = [0, 1], [3]
+    plan = StepPlan(1, (ScheduledSequence(first, 9), ScheduledSequence(second, 5)))
+    assert set(runner.execute(plan)) == {2}
+    first.num_computed_tokens = 9
+    assert set(runner.execute(StepPlan(2, (ScheduledSequence(first, 1),)))) == {1}
+    first.num_computed_tokens = 0
+    assert runner.execute(StepPlan(3, (ScheduledSequence(first, 3),))) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_seed_gives_the_same_text_alone_together_and_in_any_order(
+    model_of: LoadModel, dtype: torch.dtype
+) -> None:
+    model = model_of("qwen3", dtype, "exact")
+    together = serve(model, requests(), max_num_batched_tokens=512).served
+    assert all(served.finish is not None for served in together.values())
+    assert len({tuple(served.tokens) for served in together.values()}) > 25
+    for request in requests()[::3]:
+        alone = serve(model, [request], max_num_batched_tokens=512).served
+        assert alone[request.request_id] == together[request.request_id]
+    chunked = serve(model, reversed(requests()), max_num_batched_tokens=16, max_num_seqs=7)
+    assert chunked.served == together
+    preempted = serve(model, requests(), max_num_batched_tokens=64, num_blocks=40)
+    assert preempted.num_preemptions > 5
+    assert preempted.served == together
+
+
+def test_a_resumed_request_goes_on_as_if_nothing_had_happened(model_of: LoadModel) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    for request in requests()[2::5]:
+        whole = serve(model, [request]).served[request.request_id]
+        for made in range(len(whole.tokens)):
+            runner = ModelRunner(model, num_blocks=32, block_size=8)
+            sequence = Sequence(request, attempt=1, output=tuple(whole.tokens[:made]))
+            sequence.block_table = list(range(32))
+            plan = StepPlan(1, (ScheduledSequence(sequence, sequence.num_tokens),))
+            assert runner.execute(plan)[request.request_id].token_id == whole.tokens[made]
+
+
+def test_stop_tokens_end_a_request_once_min_tokens_were_made(model_of: LoadModel) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    params = SamplingParams(
+        seed=7, max_tokens=50, stop_token_ids=tuple(range(0, 128, 2)), min_tokens=6
+    )
+    served = serve(model, [request_of(1, [1, 2, 3], params)]).served[1]
+    assert served.finish is FinishReason.STOP
+    assert len(served.tokens) > 6
+    assert all(token % 2 for token in served.tokens[:-1])
+    assert served.tokens[-1] % 2 == 0
