@@ -50,7 +50,9 @@ class _StreamedChoice:
     """The sink of a choice that is streamed."""
 
     __slots__ = (
+        "_comment",
         "_encoder",
+        "_engine",
         "_held",
         "_is_complete",
         "_is_plain",
@@ -71,6 +73,8 @@ class _StreamedChoice:
     ) -> None:
         self._output = output
         self._held = text
+        self._engine = ""
+        self._comment = b""
         self._encoder = encoder
         self._stream = stream
         self._reports_usage = reports_usage
@@ -84,8 +88,8 @@ class _StreamedChoice:
         output = self._output
         stream = self._stream
         text = output.advance(row)
-        if engine != stream.engine:
-            stream.change_engine(engine)
+        if engine != self._engine:
+            self._change_engine(engine)
         if self._is_plain and stream.is_flowing and not output.is_over:
             if text:
                 stream.write(self._encoder.encode(output.num_tokens, text))
@@ -119,11 +123,20 @@ class _StreamedChoice:
             if self._reports_usage
             else None,
         )
+        chunk = self._comment + chunk
         self._held = ""
+        self._comment = b""
         self._is_started = True
         self._is_complete = output.finish_reason is not None
         self._is_plain = logprobs is None and not self._reports_usage
         self._stream.write(chunk)
+
+    def _change_engine(self, engine: str) -> None:
+        """Have the next chunk say, for people who watch the stream, who makes it."""
+        self._engine = engine
+        if engine:
+            self._comment = engine_comment(engine, self._output.index)
+            self._is_plain = False
 
 
 class EventStream:
@@ -138,7 +151,6 @@ class EventStream:
 
     Attributes:
         is_flowing: Whether chunks may be written as they come. Else they are held.
-        engine: Which engine makes the tokens, as far as the client was told.
     """
 
     def __init__(
@@ -165,9 +177,7 @@ class EventStream:
             raise ConnectionResetError("the client is gone")
         self._transport = transport
         self._protocol = http_request.protocol
-        self._engine_told = ""
         self.is_flowing = False
-        self.engine = ""
 
     def add(
         self, output: ChoiceOutput, text: str, encoder: ChunkEncoder, *, reports_usage: bool
@@ -226,12 +236,6 @@ class EventStream:
             self.is_flowing = False
             self.wake()
 
-    def change_engine(self, engine: str) -> None:
-        """Say, for people who watch the stream, who makes the tokens from here on."""
-        self.engine = engine
-        if self.is_flowing:
-            self._tell_engine()
-
     async def _open(self) -> None:
         if self._is_chunked:
             self._response.enable_chunked_encoding()
@@ -241,16 +245,10 @@ class EventStream:
         await self._response.prepare(self._http_request)
         self._http_request.writer.send_headers()
 
-    def _tell_engine(self) -> None:
-        if self.engine != self._engine_told:
-            self._engine_told = self.engine
-            self.write(engine_comment(self.engine))
-
     async def _stream(self) -> bool:
         """Flush, let flow, and keep alive, until the end; false if it ended with an error."""
         while True:
             self._news.clear()
-            self._tell_engine()
             for choice in self._choices:
                 choice.flush()
             if self._error is not None:

@@ -134,8 +134,10 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
             event_id = text.removeprefix("id: ")
         elif text.startswith("data: "):
             data = text.removeprefix("data: ")
-        elif data is not None:
+        else:
+            # Each empty line ends an event: behind a comment there is none.
             assert text == ""
+            assert data is not None
             yield Event(event_id, data if data == "[DONE]" else json.loads(data))
             event_id = data = None
 

@@ -17,7 +17,9 @@ from understudy.protocol.errors import InternalError, RequestError, Unavailable
 from understudy.protocol.openai.logprobs import TokenLogprob
 from understudy.protocol.request import FinishReason
 
-KEEP_ALIVE: Final = b": keep-alive\n\n"
+KEEP_ALIVE: Final = b": keep-alive\n"
+"""A comment. No empty line follows: behind an event with an id, the OpenAI client would take that
+for an event without data, and fail."""
 DONE: Final = b"data: [DONE]\n\n"
 
 _ENCODER: Final = msgspec.json.Encoder()
@@ -85,9 +87,9 @@ def error_event(error: RequestError) -> bytes:
     return b"data: " + _encode(error.body()) + b"\n\n"
 
 
-def engine_comment(engine: str) -> bytes:
-    """Tells people, not programs, which engine makes what follows."""
-    return f": engine {engine}\n\n".encode("ascii", errors="replace")
+def engine_comment(engine: str, index: int) -> bytes:
+    """Tells people, not programs, which engine makes what follows of choice ``index``."""
+    return f": engine {engine} choice {index}\n".encode("ascii", errors="replace")
 
 
 class ChunkEncoder:

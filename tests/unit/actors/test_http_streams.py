@@ -67,7 +67,7 @@ async def test_a_chat_streams_in_openais_shape(harness: Harness) -> None:
 
     stream = await beside(engine(), harness.stream(CHAT, CHAT_BODY))
     [request] = harness.gateway.submitted
-    assert stream[0] == Event(None, None, "engine engine-0")
+    assert stream[0] == Event(None, None, "engine engine-0 choice 0")
     first = stream[1].data
     assert first == {
         "id": f"chatcmpl-{request.group_id:016x}",
@@ -144,7 +144,7 @@ def said(event: Event) -> str:
 
 async def test_tokens_are_chunks_as_they_come(harness: Harness) -> None:
     async with live(harness, "a") as stream:
-        assert (await stream.next()).comment == "engine engine-0"
+        assert (await stream.next()).comment == "engine engine-0 choice 0"
         assert said(await stream.next()) == "a"
         for letter in "bcd":
             stream.say(letter)
@@ -297,7 +297,7 @@ async def test_who_makes_the_tokens_is_said_in_comments(harness: Harness) -> Non
         stream.say("c", engine="engine-1")
         stream.say("d", LENGTH, engine="engine-1")
         comments = [event.comment for event in await stream.rest() if event.comment]
-    assert comments == ["engine engine-0", "engine engine-1"]
+    assert comments == ["engine engine-0 choice 0", "engine engine-1 choice 0"]
 
 
 async def test_a_refusal_before_the_first_token_is_a_status(harness: Harness) -> None:

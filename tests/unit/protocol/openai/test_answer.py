@@ -138,7 +138,7 @@ def test_an_error_is_an_event_with_openais_error_object() -> None:
 
 
 def test_an_engine_is_named_in_a_comment() -> None:
-    assert engine_comment("engine-0") == b": engine engine-0\n\n"
+    assert engine_comment("engine-0", 1) == b": engine engine-0 choice 1\n"
 
 
 @pytest.mark.parametrize(
