@@ -17,9 +17,12 @@ from understudy.protocol.errors import InvalidRequest
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-STRINGS_MAX: Final = 1 << 17
-CONTAINERS_MAX: Final = 1 << 15
+STRINGS_MAX: Final = 1 << 16
+CONTAINERS_MAX: Final = 1 << 14
 """Objects and arrays in one body. With the limit on strings it bounds what decoding allocates."""
+
+FIELDS_MAX: Final = 256
+"""Fields of the body itself."""
 
 NAMED_MAX: Final = 16
 """Ignored fields that are named to the client."""
@@ -90,6 +93,8 @@ def parse_body(raw: bytes, kind: type[T]) -> ParsedBody[T]:
             that would change the output and is not served.
     """
     values = {name: value for name, value in decode_object(raw).items() if value is not None}
+    if len(values) > FIELDS_MAX:
+        raise InvalidRequest(f"the body has more than {FIELDS_MAX} fields")
     if values.get("tool_choice") == "none":
         values.pop("tools", None)
     if values.get("function_call") == "none":

@@ -22,6 +22,7 @@ from understudy.protocol.openai.sampling import (
 
 CHUNK_KIND: Final = "chat.completion.chunk"
 
+TEMPLATE_KWARGS_MAX: Final = 64
 TEMPLATE_KWARGS_RESERVED: Final = frozenset(
     {
         "add_generation_prompt",
@@ -120,6 +121,10 @@ def parse_chat(raw: bytes, model: ModelTraits) -> ChatCompletion:
             )
         add_generation_prompt = False
     kwargs = fields.chat_template_kwargs or {}
+    if len(kwargs) > TEMPLATE_KWARGS_MAX:
+        raise InvalidRequest(
+            f"chat_template_kwargs: at most {TEMPLATE_KWARGS_MAX}", param="chat_template_kwargs"
+        )
     for name in kwargs:
         if name in TEMPLATE_KWARGS_RESERVED or not name.isidentifier():
             raise InvalidRequest(

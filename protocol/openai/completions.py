@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from understudy.protocol.errors import InvalidRequest
 from understudy.protocol.openai.answer import Answer, ChunkEncoder, Heading, usage
@@ -18,6 +18,7 @@ from understudy.protocol.openai.sampling import (
     ModelTraits,
     check_generation,
     check_token_ids,
+    settle_max_tokens,
 )
 
 CHUNK_KIND: Final = "text_completion"
@@ -62,34 +63,39 @@ def parse_completion(raw: bytes, model: ModelTraits) -> Completion:
     generation = check_generation(
         fields, model, logprobs=logprobs, least_max_tokens=0 if echo else 1
     )
-    prompts = _prompts(fields.prompt, model.vocab_size)
+    prompts = _prompts(fields.prompt, model)
     if len(prompts) * generation.n > CHOICES_MAX:
         raise InvalidRequest(f"prompts times n is at most {CHOICES_MAX}", param="prompt")
     return Completion(prompts, echo, generation, ignored)
 
 
 def _prompts(
-    prompt: str | list[str | int | list[int]] | None, vocab_size: int
+    prompt: str | list[str | int | list[int]] | None, model: ModelTraits
 ) -> tuple[PromptInput, ...]:
     """The four forms of a prompt as one: text, several texts, token ids, several lists of ids."""
     if prompt is None:
         raise InvalidRequest("prompt is missing", param="prompt")
     if isinstance(prompt, str):
         return (prompt,)
-    texts = [item for item in prompt if isinstance(item, str)]
-    token_ids = [item for item in prompt if isinstance(item, int)]
-    lists = [item for item in prompt if isinstance(item, list)]
-    if not prompt or len(prompt) not in {len(texts), len(token_ids), len(lists)}:
-        raise InvalidRequest(
-            "prompt must be a string, strings, token ids or lists of token ids", param="prompt"
-        )
-    if texts:
-        return tuple(texts)
-    if token_ids:
-        return (check_token_ids("prompt", token_ids, vocab_size),)
-    if not all(lists):
+    kinds = set(map(type, prompt))
+    if kinds == {str}:
+        return tuple(cast("list[str]", prompt))
+    if kinds == {int}:
+        return (_token_ids(cast("list[int]", prompt), model),)
+    if kinds == {list}:
+        return tuple(_token_ids(ids, model) for ids in cast("list[list[int]]", prompt))
+    raise InvalidRequest(
+        "prompt must be a string, strings, token ids or lists of token ids", param="prompt"
+    )
+
+
+def _token_ids(token_ids: list[int], model: ModelTraits) -> tuple[int, ...]:
+    if not token_ids:
         raise InvalidRequest("prompt: a list of token ids is empty", param="prompt")
-    return tuple(check_token_ids("prompt", ids, vocab_size) for ids in lists)
+    if len(token_ids) >= model.max_model_len:
+        # Found here, a million of them need not be looked at one by one.
+        settle_max_tokens(None, len(token_ids), model, default=None)
+    return check_token_ids("prompt", token_ids, model.vocab_size)
 
 
 def completion_response(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from understudy.protocol.errors import InvalidRequest
 from understudy.protocol.openai.body import (
     CONTAINERS_MAX,
+    FIELDS_MAX,
     NAMED_MAX,
     STRINGS_MAX,
     decode_object,
@@ -116,6 +117,9 @@ def test_a_body_of_too_many_parts_is_refused() -> None:
     containers = json.dumps({"a": [[]] * CONTAINERS_MAX}).encode()
     with pytest.raises(InvalidRequest, match="objects and arrays"):
         decode_object(containers)
+    fields = json.dumps({f"x{index}": 1 for index in range(FIELDS_MAX + 1)}).encode()
+    with pytest.raises(InvalidRequest, match="fields"):
+        parse_body(fields, Fields)
 
 
 def test_a_long_list_of_numbers_is_read() -> None:

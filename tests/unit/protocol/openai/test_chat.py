@@ -174,6 +174,11 @@ def test_template_variables_cannot_be_what_has_a_field_of_its_own(name: str) -> 
     assert refused(chat_template_kwargs={name: 1}).param == "chat_template_kwargs"
 
 
+def test_there_are_only_so_many_template_variables() -> None:
+    many = {f"x{index}": 1 for index in range(65)}
+    assert refused(chat_template_kwargs=many).param == "chat_template_kwargs"
+
+
 def test_an_answer_in_one_piece_has_openais_shape() -> None:
     logprob = TokenLogprob(b" h", -0.5, (TokenLogprob(b" h", -0.5), TokenLogprob(b"\xc3", -2.0)))
     answers = [Answer(0, " hi", 2, "stop", [logprob]), Answer(1, "", 1, "length", None)]

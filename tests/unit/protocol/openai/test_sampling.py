@@ -97,7 +97,7 @@ def test_a_recommendation_out_of_the_clients_range_is_no_fault_of_the_client() -
         ("seed", [-(2**63) - 1, 2**64]),
         ("best_of", [0, 2]),
         ("priority", [2**31, -(2**31) - 1]),
-        ("stop", ["", ["a", ""], ["x"] * 9, "x" * 257, "ß" * 129, ["x"] * 10**5]),
+        ("stop", ["", ["a", ""], ["x"] * 9, "x" * 257, "ß" * 129, ["x"] * 5000]),
         ("stop_token_ids", [[-1], [100], [2**40], [1] * 65]),
         ("stream_options", [{"include_usage": True}]),
         (
@@ -113,7 +113,7 @@ def test_a_recommendation_out_of_the_clients_range_is_no_fault_of_the_client() -
                 {"1": -101},
                 {"1": 1, "01": 2},
                 {"9" * 5000: 1},
-                {str(key): 1 for key in range(10**5)},
+                {str(key): 1 for key in range(2000)},
             ],
         ),
     ],
