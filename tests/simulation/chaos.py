@@ -1,0 +1,139 @@
+"""One seed, one history: what a cluster has to go through, all of it drawn from the seed.
+
+``python -m tests.simulation.chaos SEED …`` repeats it, from the repository's root.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass, field
+from typing import Final
+
+from tests.simulation.cluster import Cluster, draw_requests, undisturbed
+from understudy.runtime.kit.actor import SUPERVISOR
+from understudy.runtime.kit.virtual import NetworkFaults
+
+FAULTS_END_S: Final = 12.0
+SETTLED_WITHIN_S: Final = 60.0
+"""After the last fault everybody has an end."""
+GOOD_ENDS: Final = {"stop", "length"}
+
+
+@dataclass
+class History:
+    """What came of a seed."""
+
+    seed: int
+    cluster: Cluster
+    is_gateway_safe: bool = True
+    """Whether nothing came between gateways and supervisor that ends streams with errors."""
+    events: list[str] = field(default_factory=list)
+
+
+class SeedFailed(AssertionError):
+    """A seed broke a promise; says how to see it again."""
+
+    def __init__(self, seed: int, error: BaseException) -> None:
+        super().__init__(
+            f"seed {seed}: {error}\nrepeat it with: python -m tests.simulation.chaos {seed}"
+        )
+
+
+def play(seed: int) -> History:
+    """Live through what the seed holds; raises if any promise is broken.
+
+    Raises:
+        SeedFailed: one was.
+    """
+    history = _draw(seed)
+    try:
+        history.cluster.run(FAULTS_END_S + SETTLED_WITHIN_S)
+        history.cluster.check_all_ended()
+        _check_outputs(history)
+    except Exception as error:
+        raise SeedFailed(seed, error) from error
+    return history
+
+
+def _draw(seed: int) -> History:
+    draw = random.Random(seed)
+    faults = NetworkFaults(
+        loss=draw.choice([0.0, 0.01, 0.05]),
+        duplication=draw.choice([0.0, 0.02]),
+        reorder=draw.choice([0.0, 0.05, 0.3]),
+        reorder_delay_max_s=draw.choice([0.005, 0.1]),
+    )
+    cluster = Cluster(
+        seed,
+        engines=draw.randint(1, 4),
+        gateways=draw.randint(1, 2),
+        faults=faults,
+        step_s=draw.choice([0.02, 0.05, 0.2]),
+    )
+    history = History(seed, cluster)
+    for request in draw_requests(seed, draw.randint(10, 50)):
+        at = draw.uniform(0.0, FAULTS_END_S / 4)
+        client = cluster.submit(request, at=at, gateway=draw.choice(cluster.gateway_names))
+        if draw.random() < 0.15:
+            cluster.leave(client, at=at + draw.expovariate(2.0))
+    for _ in range(draw.randint(0, 8)):
+        _draw_fault(draw, history)
+    return history
+
+
+def _draw_fault(draw: random.Random, history: History) -> None:
+    cluster = history.cluster
+    at = draw.uniform(0.3, FAULTS_END_S - 8.0)
+    lasting = draw.choice([draw.uniform(0.01, 0.5), draw.uniform(0.5, 5.0)])
+    engine, gateway = draw.choice(cluster.engine_names), draw.choice(cluster.gateway_names)
+    kind = draw.choices(
+        ["engine", "cut engine", "cut gateway", "gateway", "supervisor"], [5, 4, 2, 1, 1]
+    )
+    history.events.append(f"{at:.3f} s: {kind[0]} {engine} {gateway} for {lasting:.3f} s")
+    match kind[0]:
+        case "engine":
+            cluster.crash_engine(engine, at=at, back_after_s=lasting, is_told=draw.random() < 0.5)
+        case "cut engine":
+            pair = draw.choice([(engine, SUPERVISOR), (SUPERVISOR, engine)])
+            cluster.cut(*pair, at=at, seconds=lasting)
+        case "cut gateway":
+            pair = draw.choice([(gateway, SUPERVISOR), (SUPERVISOR, gateway)])
+            cluster.cut(*pair, at=at, seconds=lasting)
+            history.is_gateway_safe &= lasting < 2.5
+        case "gateway":
+            cluster.crash_gateway(gateway, at=at, back_after_s=lasting)
+        case _:
+            cluster.crash_supervisor(at=at, back_after_s=lasting)
+            history.is_gateway_safe = False
+
+
+def _check_outputs(history: History) -> None:
+    """Whatever was delivered is what an undisturbed engine would have delivered."""
+    clients = history.cluster.clients
+    expected = undisturbed(client.request for client in clients)
+    for client in clients:
+        whole = expected[client.request.request_id]
+        assert client.tokens == whole[: len(client.tokens)], f"{client.request}: other tokens"
+        if client.end in GOOD_ENDS:
+            assert client.tokens == whole, f"{client.request}: cut short"
+        elif history.is_gateway_safe:
+            assert client.end in {"left", "hung up"}, f"{client.request}: {client.end}"
+
+
+def describe(history: History) -> str:
+    """A few lines on what happened."""
+    ends = [client.end or "none" for client in history.cluster.clients]
+    counts = {end: ends.count(end) for end in sorted(set(ends))}
+    moved = sum(len(client.engines) > 1 for client in history.cluster.clients)
+    lines = [f"seed {history.seed}: {counts}, {moved} moved, {history.cluster.loop.now:.3f} s"]
+    return "\n  ".join([*lines, *history.events, history.cluster.loop.trace_hash()])
+
+
+def _main(seeds: list[str]) -> None:
+    for seed in seeds:
+        sys.stdout.write(describe(play(int(seed))) + "\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,347 @@
+"""A whole cluster under virtual time: supervisor, echo engines, gateways, and scripted clients.
+
+The actors are those of production. A client is a sink that insists on what is promised to it:
+every position once and in order, one end, and nothing after it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from functools import partial
+from typing import Final
+
+from understudy.actors.engine import Engine
+from understudy.actors.gateway import Gateway
+from understudy.actors.supervisor import Supervisor
+from understudy.protocol.errors import RequestError
+from understudy.protocol.messages import (
+    Assign,
+    Message,
+    ProcessExited,
+    StatusReply,
+    StatusRequest,
+    StepOutput,
+    Welcome,
+)
+from understudy.protocol.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenRow,
+    extend_prefix_hash,
+)
+from understudy.runtime.control.admission import AdmissionLimits
+from understudy.runtime.echo import EchoRunner
+from understudy.runtime.kit.actor import SUPERVISOR, Outbox, Send
+from understudy.runtime.kit.clock import VirtualClock
+from understudy.runtime.kit.virtual import NetworkFaults, VirtualLoop, VirtualNetwork
+from understudy.runtime.scheduling.scheduler import SchedulerConfig
+
+LAUNCHER: Final = "launcher"
+VOCAB_SIZE: Final = 500
+NUM_BLOCKS: Final = 40
+SCHEDULER: Final = SchedulerConfig(
+    max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128, block_size=8
+)
+STEP_S: Final = 0.01
+RETRY_AFTER_S: Final = 0.25
+
+
+CHECK_EVERY_TURNS: Final = 10
+
+
+class CheckedSupervisor(Supervisor):
+    """The supervisor, which looks every few turns whether it agrees with itself."""
+
+    turns = 0
+
+    def decide(self, now: float) -> None:
+        """Decide, and check."""
+        super().decide(now)
+        self.turns += 1
+        if self.turns % CHECK_EVERY_TURNS == 0:
+            self.check_integrity()
+
+
+class Launcher:
+    """Stands in for the launcher: tells the supervisor which process has ended."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox()
+        self.wake_at: float | None = None
+
+    def handle(self, message: Message, sender: str, now: float) -> None:
+        """Nobody speaks to it."""
+
+    def lose(self, peer: str, now: float) -> None:
+        """It has no session."""
+
+    def decide(self, now: float) -> None:
+        """It decides nothing."""
+
+
+class Client:
+    """One request's client: a sink with memory."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.engines: list[str] = []
+        self.end: str | None = None
+        """``stop``, ``length``… or an error's code; ``left`` if it went away by itself, ``hung up``
+        if its gateway died."""
+        self.is_in = False
+        """Whether it has handed in its request."""
+        self._prefix_hash = 0
+
+    def deliver(self, row: TokenRow, engine: str) -> None:
+        """Take in what must be the next tokens."""
+        assert self.end is None, f"{self.request.request_id}: tokens after {self.end}"
+        assert row.position == len(self.tokens), f"{self.request.request_id}: out of order"
+        self.tokens += row.tokens
+        self._prefix_hash = extend_prefix_hash(self._prefix_hash, row.tokens)
+        assert row.prefix_hash == self._prefix_hash
+        if self.request.params.logprobs is not None:
+            assert len(row.logprobs) == len(row.tokens)
+        if engine not in self.engines:
+            self.engines.append(engine)
+        if row.finish:
+            self.end = FinishReason(row.finish).name.lower()
+
+    def fail(self, error: RequestError) -> None:
+        """Take in the end."""
+        assert self.end is None, f"{self.request.request_id}: {error} after {self.end}"
+        self.end = error.code or "error"
+
+
+class Cluster:
+    """Builds it, breaks it, and looks at what came of it."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        engines: int = 3,
+        gateways: int = 1,
+        faults: NetworkFaults | None = None,
+        limits: AdmissionLimits | None = None,
+        step_s: float = STEP_S,
+    ) -> None:
+        self.network = VirtualNetwork(seed, faults)
+        self.loop = VirtualLoop(self.network)
+        self.clients: list[Client] = []
+        self.engine_names = [f"engine-{number}" for number in range(engines)]
+        self.gateway_names = [f"gateway-{number}" for number in range(gateways)]
+        self._gateway_of: dict[int, str] = {}
+        self.loop.add(
+            SUPERVISOR,
+            lambda incarnation, clock: CheckedSupervisor(
+                model="echo",
+                first_epoch=incarnation << 32,
+                limits=limits,
+                started_at=clock.now(),
+            ),
+        )
+        self.loop.add(LAUNCHER, lambda _incarnation, _clock: Launcher())
+        for name in self.engine_names:
+            self.loop.add(name, partial(make_engine, name, step_s))
+        for name in self.gateway_names:
+            self.loop.add(name, partial(make_gateway, name))
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """The present supervisor."""
+        actor = self.loop.actor(SUPERVISOR)
+        assert isinstance(actor, Supervisor)
+        return actor
+
+    def engine(self, name: str) -> Engine:
+        """The present incarnation of an engine."""
+        actor = self.loop.actor(name)
+        assert isinstance(actor, Engine)
+        return actor
+
+    def gateway(self, name: str) -> Gateway:
+        """The present incarnation of a gateway."""
+        actor = self.loop.actor(name)
+        assert isinstance(actor, Gateway)
+        return actor
+
+    # Clients
+
+    def submit(self, request: Request, *, at: float, gateway: str = "gateway-0") -> Client:
+        """Let a client come; it comes back until its gateway is connected."""
+        client = Client(request)
+        self.clients.append(client)
+        self._gateway_of[request.request_id] = gateway
+        self.loop.at(at, lambda: self._try(client))
+        return client
+
+    def leave(self, client: Client, *, at: float) -> None:
+        """Let a client go away by itself; it must hear nothing more."""
+
+        def go() -> None:
+            if client.end is None:
+                client.end = "left"
+                gateway = self._gateway_of[client.request.request_id]
+                if self.loop.is_on_stage(gateway):
+                    self.gateway(gateway).cancel(client.request.request_id)
+                    self.loop.wake(gateway)
+
+        self.loop.at(at, go)
+
+    def _try(self, client: Client) -> None:
+        if client.end is not None:
+            return
+        name = self._gateway_of[client.request.request_id]
+        if not self.loop.is_on_stage(name) or not self.gateway(name).is_connected:
+            self.loop.at(self.loop.now + RETRY_AFTER_S, lambda: self._try(client))
+            return
+        client.is_in = True
+        self.gateway(name).submit(client.request, client, self.loop.now)
+        self.loop.wake(name)
+
+    # Faults
+
+    def crash_engine(self, name: str, *, at: float, back_after_s: float, is_told: bool) -> None:
+        """Kill an engine and start it again; a launcher may or may not tell the supervisor."""
+
+        def crash() -> None:
+            self._crash(name)
+            if is_told:
+                pid = pid_of(name, self.loop.incarnation(name))
+                told = ProcessExited(name, pid, -9, 0)
+                self.loop.actor(LAUNCHER).outbox.send(SUPERVISOR, told)
+                self.loop.wake(LAUNCHER)
+
+        self.loop.at(at, crash)
+        self.loop.at(at + back_after_s, lambda: self._restart(name))
+
+    def crash_supervisor(self, *, at: float, back_after_s: float) -> None:
+        """Kill the supervisor and start it again; it remembers nothing."""
+        self.loop.at(at, lambda: self._crash(SUPERVISOR))
+        self.loop.at(at + back_after_s, lambda: self._restart(SUPERVISOR))
+
+    def crash_gateway(self, name: str, *, at: float, back_after_s: float) -> None:
+        """Kill a gateway, and with it the connections of its clients."""
+
+        def crash() -> None:
+            self._crash(name)
+            for client in self.clients:
+                is_here = client.is_in and self._gateway_of[client.request.request_id] == name
+                if is_here and client.end is None:
+                    client.end = "hung up"
+
+        self.loop.at(at, crash)
+        self.loop.at(at + back_after_s, lambda: self._restart(name))
+
+    def cut(self, source: str, target: str, *, at: float, seconds: float) -> None:
+        """Let nothing pass from one actor to another for a while."""
+        self.loop.at(at, lambda: self.network.cut(source, target, until=at + seconds))
+
+    def _crash(self, name: str) -> None:
+        if self.loop.is_on_stage(name):
+            self.loop.crash(name)
+
+    def _restart(self, name: str) -> None:
+        if not self.loop.is_on_stage(name):
+            self.loop.restart(name)
+
+    # What came of it
+
+    def run(self, until: float) -> None:
+        """Let time pass until every client has had its end, or until the time is over."""
+        self.loop.run_until(until, stop_when=self._all_have_ended)
+
+    def _all_have_ended(self) -> bool:
+        return all(client.end is not None for client in self.clients)
+
+    def status(self) -> StatusReply:
+        """What the supervisor would tell an operator."""
+        self.supervisor.handle(StatusRequest(), "operator.1", self.loop.now)
+        (send,) = self.supervisor.outbox.take()
+        assert isinstance(send, Send)
+        assert isinstance(send.message, StatusReply)
+        return send.message
+
+    def check_all_ended(self) -> None:
+        """Assert that everybody has had an end, and that nothing is left of anything anywhere."""
+        open_clients = [client.request.request_id for client in self.clients if client.end is None]
+        assert not open_clients, f"at {self.loop.now:.3f} s without an end: {open_clients}"
+        # The last cancellations may still be on their way, or a member have to be missed first.
+        self.loop.run_until(self.loop.now + 6.0)
+        self.supervisor.check_integrity()
+        status = self.status()
+        assert (status.queued, status.running) == (0, 0)
+        assert [engine.state for engine in status.engines] == ["serving"] * len(self.engine_names)
+        for name in self.engine_names:
+            engine = self.engine(name)
+            engine.check_integrity()
+            beat = engine.heartbeat(self.loop.now)
+            assert (beat.running, beat.waiting, beat.blocks_free) == (0, 0, NUM_BLOCKS)
+        for name in self.gateway_names:
+            assert self.gateway(name).num_open == 0
+
+
+def pid_of(name: str, incarnation: int) -> int:
+    """A process id for each incarnation of each actor."""
+    number = int(name.rpartition("-")[2])
+    return 1000 * (1 + name.startswith("gateway")) + 100 * number + incarnation
+
+
+def make_gateway(name: str, incarnation: int, _clock: VirtualClock) -> Gateway:
+    """A gateway without HTTP: its clients stand right beside it."""
+    return Gateway(name, pid=pid_of(name, incarnation), model="echo")
+
+
+def make_engine(name: str, step_s: float, incarnation: int, clock: VirtualClock) -> Engine:
+    """An engine that echoes, small enough that it has to preempt."""
+    return Engine(
+        name,
+        pid=pid_of(name, incarnation),
+        model="echo",
+        scheduler_config=SCHEDULER,
+        num_blocks=NUM_BLOCKS,
+        runner=EchoRunner(clock, vocab_size=VOCAB_SIZE, step_s=step_s),
+        clock=clock,
+    )
+
+
+def draw_requests(seed: int, count: int) -> list[Request]:
+    """Requests of all kinds: long and short, with stop tokens, logprobs and priorities."""
+    draw = random.Random(seed)
+    return [
+        Request(
+            request_id=number,
+            group_id=number,
+            prompt=tuple(draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 60))),
+            params=SamplingParams(
+                seed=draw.getrandbits(64),
+                max_tokens=draw.randint(1, 50),
+                min_tokens=draw.choice([0, 0, 5]),
+                stop_token_ids=tuple(range(draw.choice([0, 0, 10, 40]))),
+                logprobs=draw.choice([None, None, 0, 3]),
+            ),
+            priority=draw.choice([0, 0, 0, -1, 5]),
+        )
+        for number in range(1, count + 1)
+    ]
+
+
+def undisturbed(requests: Iterable[Request]) -> dict[int, list[int]]:
+    """The output of each request from one engine that nothing ever happens to."""
+    clock = VirtualClock()
+    engine = make_engine("engine-0", 0.0, 1, clock)
+    engine.handle(Welcome(1), SUPERVISOR, 0.0)
+    outputs: dict[int, list[int]] = {}
+    for request in requests:
+        outputs[request.request_id] = []
+        engine.handle(Assign(request, 1), SUPERVISOR, 0.0)
+    while engine.heartbeat(0.0).running + engine.heartbeat(0.0).waiting:
+        engine.decide(0.0)
+        for effect in engine.outbox.take():
+            if isinstance(effect, Send) and isinstance(effect.message, StepOutput):
+                for row in effect.message.rows:
+                    outputs[row.request_id] += row.tokens
+    return outputs
