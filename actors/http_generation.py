@@ -42,8 +42,10 @@ from understudy.runtime.served_model import ServedModel
 
 T = TypeVar("T")
 
-INLINE_CHARACTERS_MAX: Final = 16 << 10
-"""Longer texts are rendered and encoded on a thread, so that streams do not wait for them."""
+INLINE_BYTES_MAX: Final = 16 << 10
+"""Prompts of longer bodies are encoded on a thread, so that streams do not wait for them."""
+
+STOPPING: Final = "the gateway is stopping"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +126,14 @@ class GenerationEndpoints:
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._calls: set[OpenRequests] = set()
         self._all_over = asyncio.Event()
+        self._is_stopping = False
 
     async def stop(self) -> None:
-        """Wait for the calls that are open, up to a limit; then end them with an error."""
+        """Wait for the calls that are open, up to a limit; then end them with an error.
+
+        No further ones are taken.
+        """
+        self._is_stopping = True
         try:
             async with asyncio.timeout(self._limits.shutdown_timeout_s):
                 while self._calls:
@@ -134,14 +141,15 @@ class GenerationEndpoints:
                     await self._all_over.wait()
         except TimeoutError:
             for call in self._calls:
-                call.fail_all(Unavailable("the gateway is stopping"))
+                call.fail_all(Unavailable(STOPPING))
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/chat/completions``."""
         model = self._model()
-        body = chat.parse_chat(await self._read(http_request), model)
-        prompt = await self._chat_prompt(body, model)
+        raw = await self._read(http_request)
+        body = chat.parse_chat(raw, model)
+        prompt = await self._chat_prompt(body, model, size=len(raw))
         requests = make_requests(
             body.generation, prompt, model, draw=self._draw, default_max_tokens=None
         )
@@ -154,12 +162,13 @@ class GenerationEndpoints:
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/completions``."""
         model = self._model()
-        body = parse_completion(await self._read(http_request), model)
+        raw = await self._read(http_request)
+        body = parse_completion(raw, model)
         requests: list[Request] = []
         echoes: list[str] = []
         num_prompt_tokens = 0
         for given in body.prompts:
-            prompt = await self._prompt(given, model)
+            prompt = await self._prompt(given, model, size=len(raw))
             num_prompt_tokens += len(prompt)
             requests += make_requests(
                 body.generation,
@@ -198,7 +207,9 @@ class GenerationEndpoints:
         except web.RequestPayloadError as error:
             raise InvalidRequest(f"the body cannot be read: {error}") from None
 
-    async def _chat_prompt(self, body: chat.ChatCompletion, model: ModelTraits) -> tuple[int, ...]:
+    async def _chat_prompt(
+        self, body: chat.ChatCompletion, model: ModelTraits, *, size: int
+    ) -> tuple[int, ...]:
         template = self._served.chat_template
         if template is None:
             raise InvalidRequest(
@@ -214,20 +225,21 @@ class GenerationEndpoints:
             )
             return self._encode(text, model, add_special_tokens=False)
 
-        size = sum(_num_characters(message["content"]) for message in body.messages)
         prompt = await self._run(render_and_encode, size=size)
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="messages")
         return self._checked(prompt, model)
 
-    async def _prompt(self, given: PromptInput, model: ModelTraits) -> tuple[int, ...]:
+    async def _prompt(
+        self, given: PromptInput, model: ModelTraits, *, size: int
+    ) -> tuple[int, ...]:
         if not isinstance(given, str):
             return given
 
         def encode() -> list[int]:
             return self._encode(given, model, add_special_tokens=True)
 
-        prompt = await self._run(encode, size=len(given))
+        prompt = await self._run(encode, size=size)
         if not prompt:
             # An empty prompt begins a text, or follows the end of one.
             tokenizer = self._served.tokenizer
@@ -254,12 +266,14 @@ class GenerationEndpoints:
         return tuple(prompt)
 
     async def _run(self, work: Callable[[], T], *, size: int) -> T:
-        """Do ``work`` over ``size`` characters, here or where it holds nobody up."""
-        if size <= INLINE_CHARACTERS_MAX:
+        """Do ``work`` for a body of ``size`` bytes, here or where it holds nobody up."""
+        if size <= INLINE_BYTES_MAX:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
 
     async def _answer(self, http_request: web.Request, call: _Call) -> web.StreamResponse:
+        if self._is_stopping:
+            raise Unavailable(STOPPING)
         cluster = self._port.cluster
         needs_engine = any(request.params.max_tokens for request in call.requests)
         if needs_engine and cluster.engines_serving == 0:
@@ -357,9 +371,3 @@ def json_response(
 
 def _ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
     return {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
-
-
-def _num_characters(content: str | list[dict[str, str]]) -> int:
-    if isinstance(content, str):
-        return len(content)
-    return sum(len(part["text"]) for part in content)

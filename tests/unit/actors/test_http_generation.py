@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.http_harness import (
     serving,
 )
 from tests.tiny_models import END_OF_TEXT_ID, VOCAB_SIZE, write_model
+from understudy.actors.http_generation import HttpLimits
 from understudy.protocol.errors import InternalError, Overloaded
 from understudy.protocol.messages import ClusterState
 from understudy.protocol.request import FinishReason, Request, TokenLogprobs
@@ -246,11 +248,9 @@ async def test_log_probabilities_of_a_completion_say_where_tokens_start(
 
     answer = await beside(engine(), harness.answer(COMPLETIONS, {"prompt": "x", "logprobs": 0}))
     logprobs = answer["choices"][0]["logprobs"]
-    starts = [len(harness.served.tokenizer.decode(tokens[:place])) for place in range(len(tokens))]
-    assert len(logprobs["tokens"]) == len(tokens)
-    assert logprobs["text_offset"][0] == 0
-    assert logprobs["text_offset"][-1] == 2
-    assert logprobs["text_offset"] == [min(start, 2) for start in starts]
+    assert logprobs["tokens"][0] == "a"
+    # Tokens inside a character start where the character does.
+    assert logprobs["text_offset"] == [0, *[1] * (len(tokens) - 2), 2]
 
 
 async def test_an_engine_without_log_probabilities_gives_an_empty_list(echo: Harness) -> None:
@@ -376,6 +376,33 @@ async def test_nothing_is_submitted_while_no_engine_serves(harness: Harness) -> 
         assert int(response.headers["retry-after-ms"]) >= 1
         assert (await response.json())["error"]["code"] == "unavailable"
     assert harness.gateway.submitted == []
+
+
+async def test_a_call_that_is_open_when_the_server_stops_is_told_so(harness: Harness) -> None:
+    async def stop() -> None:
+        await harness.submitted()
+        await harness.runner.cleanup()
+
+    error = await beside(stop(), harness.error(CHAT, CHAT_BODY, status=503))
+    assert error["message"] == "the gateway is stopping"
+    assert harness.gateway.num_open == 0
+
+
+async def test_a_call_that_can_end_in_time_does_so_while_the_server_stops(
+    directory: Path,
+) -> None:
+    async with serving(directory, limits=HttpLimits(shutdown_timeout_s=60)) as harness:
+
+        async def stop() -> None:
+            request = await harness.submitted()
+            stopping = asyncio.ensure_future(harness.runner.cleanup())
+            await asyncio.sleep(0)
+            tokens = harness.tokens("abc")
+            harness.gateway.deliver(request, *tokens, finish=FinishReason.LENGTH)
+            await stopping
+
+        answer = await beside(stop(), harness.answer(CHAT, CHAT_BODY))
+    assert answer["choices"][0]["message"]["content"] == "abc"
 
 
 async def test_a_client_that_goes_away_ends_its_requests(harness: Harness) -> None:
