@@ -8,6 +8,7 @@ without matrix units compute slower than float32, hence this one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from itertools import repeat
 
@@ -61,17 +62,25 @@ class TwinOptimizer:
         matrix.mul_(1 - rate * WEIGHT_DECAY).add_(change, alpha=-scaled_rate)
         matrix.grad = None
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Tensor]:
         """What `load_state` needs to go on as if nothing had happened."""
-        return {"momenta": self._momenta, "adam": self._adam.state_dict()}
+        state = {f"momentum.{index}": momentum for index, momentum in enumerate(self._momenta)}
+        for index, memory in self._adam.state_dict()["state"].items():
+            state |= {f"adam.{index}.{name}": value for name, value in memory.items()}
+        return state
 
-    def load_state(self, state: dict[str, object]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over the `state()` of an optimiser of the same network."""
-        momenta, adam = state["momenta"], state["adam"]
-        assert isinstance(momenta, list)
-        assert isinstance(adam, dict)
-        self._momenta = momenta
-        self._adam.load_state_dict(adam)
+        for index, momentum in enumerate(self._momenta):
+            momentum.copy_(state[f"momentum.{index}"])
+        memories: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            kind, _, rest = key.partition(".")
+            if kind == "adam":
+                number, _, name = rest.partition(".")
+                memories.setdefault(int(number), {})[name] = value
+        groups = self._adam.state_dict()["param_groups"]
+        self._adam.load_state_dict({"state": memories, "param_groups": groups})
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

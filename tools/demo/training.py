@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -142,9 +143,10 @@ def _accumulate(network: Network, batch: Batch, loss: Loss, pool: Executor) -> f
 
 
 def _save(path: Path, network: Network, optimizer: TwinOptimizer, *, step: int) -> None:
-    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state()}
+    state = {f"network.{name}": value for name, value in network.state_dict().items()}
+    state |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
     unfinished = path.with_suffix(".unfinished")
-    torch.save(state, unfinished)
+    save_file(state | {"step": torch.tensor(step)}, unfinished)
     unfinished.replace(path)
 
 
@@ -152,9 +154,13 @@ def _restore(path: Path, network: Network, optimizer: TwinOptimizer) -> int:
     """Load the state in `path` if there is one; the step to go on with."""
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
-    network.load_state_dict(state["network"])
-    optimizer.load_state(state["optimizer"])
-    step = int(state["step"])
+    state = load_file(path)
+    step = int(state.pop("step"))
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}}
+    for key, value in state.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    network.load_state_dict(parts["network"])
+    optimizer.load_state(parts["optimizer"])
     log.info("resumed", file=str(path), step=step)
     return step
