@@ -48,10 +48,6 @@ class Membership:
             return self._speak_at
         return min(self._speak_at, self._heard_at + SUPERVISOR_SILENT_S)
 
-    def introduce(self, hello: Hello) -> None:
-        """Change what will be said at the next Hello."""
-        self._hello = replace(hello, last_epoch=self._hello.last_epoch)
-
     def handle(self, message: Message, now: float) -> MembershipChange | None:
         """Take in any message from the supervisor."""
         self._heard_at = now
