@@ -29,9 +29,9 @@ from torch import Tensor
 
 from understudy.runtime.model.canonical_attention import (
     ALL_SHAPES,
+    KeyMask,
     agreeing_shapes,
     canonical_attention,
-    key_bias,
 )
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import LayerCache
@@ -67,8 +67,8 @@ class _TokenGroup(NamedTuple):
     """``[spans · kv_heads · group, padded]``."""
     head_slots: Tensor
     """Where the contexts are, in the cache as ``[slots · kv_heads, head_dim]``."""
-    bias: Tensor
-    """0 for a key of the context, -inf for padding, ``[spans · kv_heads, 1, keys]``."""
+    mask: KeyMask
+    """``[spans · kv_heads, 1, keys]``: contexts are seen, padding is not."""
 
 
 class _RowBlock(NamedTuple):
@@ -78,7 +78,7 @@ class _RowBlock(NamedTuple):
     """In the span's ``tokens · group`` rows, padded."""
     num_rows: int
     num_keys: int
-    bias: Tensor
+    mask: KeyMask
     """``[1, num_rows, num_keys]``."""
 
 
@@ -151,10 +151,10 @@ class PagedAttention:
         """
         query = heads.view(-1, self._head_dim)
         for group in plan.groups:
-            batch = group.bias.shape[0]
+            batch = len(group.mask.bias)
             keys, values = self._context(cache, group.head_slots, batch)
             rows = query.index_select(0, group.rows.gather).view(batch, -1, self._head_dim)
-            attended = self._kernel(rows, keys, values, group.bias)
+            attended = self._kernel(rows, keys, values, group.mask)
             self._scatter(attended, group.rows, plan.output)
         for span in plan.long_spans:
             keys, values = self._context(cache, span.head_slots, self._num_kv_heads)
@@ -165,23 +165,23 @@ class PagedAttention:
                     rows[:, block.start : block.start + block.num_rows],
                     keys[:, : block.num_keys],
                     values[:, : block.num_keys],
-                    block.bias,
+                    block.mask,
                 )
                 for block in span.blocks
             ]
             self._scatter(torch.cat(blocks, dim=1), span.rows, plan.output)
         return plan.output[:-1].view(len(heads), -1)
 
-    def _kernel(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    def _kernel(self, query: Tensor, keys: Tensor, values: Tensor, mask: KeyMask) -> Tensor:
         if self._exact:
             return canonical_attention(
-                query, keys, values, bias, scale=self._scale, batch_min=self.shapes.batch_min
+                query, keys, values, mask, scale=self._scale, batch_min=self.shapes.batch_min
             )
         attended = F.scaled_dot_product_attention(
             query.to(keys.dtype).unsqueeze(0),
             keys.unsqueeze(0),
             values.unsqueeze(0),
-            attn_mask=bias.to(keys.dtype).unsqueeze(0),
+            attn_mask=mask.bias.to(keys.dtype).unsqueeze(0),
             scale=self._scale,
         )
         return attended.squeeze(0)
@@ -228,7 +228,7 @@ class PagedAttention:
         return _TokenGroup(
             self._head_rows(starts, 1, num_rows, trash),
             head_slots.to(self._device),
-            key_bias(torch.from_numpy(allowed)).to(self._device),
+            KeyMask.of(torch.from_numpy(allowed)).to(self._device),
         )
 
     def _long_span(self, span: Span, head_slots: Tensor, trash: int) -> _LongSpan:
@@ -243,7 +243,7 @@ class PagedAttention:
             num_keys = self.shapes.padded_keys(int(positions[-1]) + 1)
             allowed = torch.arange(num_keys) <= positions[:, None]
             blocks.append(
-                _RowBlock(start, size, num_keys, key_bias(allowed[None]).to(self._device))
+                _RowBlock(start, size, num_keys, KeyMask.of(allowed[None]).to(self._device))
             )
             start += size
         head_rows = self._head_rows(np.array([span.start]), span.num_tokens, start, trash)

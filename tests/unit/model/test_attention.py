@@ -14,10 +14,10 @@ from torch import Tensor
 from understudy.runtime.model.attention import PagedAttention, Span
 from understudy.runtime.model.canonical_attention import (
     KEYS_BASE,
+    KeyMask,
     Shapes,
     agreeing_shapes,
     canonical_attention,
-    key_bias,
 )
 from understudy.runtime.model.config import ModelConfig, SamplingDefaults
 from understudy.runtime.model.kv_cache import LayerCache
@@ -198,7 +198,7 @@ def test_shapes_that_are_called_agreeing_give_equal_bits(head_dim: int) -> None:
             query[:batch, :num_rows],
             torch.cat((keys[:batch], padding), dim=1),
             torch.cat((values[:batch], padding), dim=1),
-            key_bias(torch.arange(padded)[None, None] < length),
+            KeyMask.of(torch.arange(padded)[None, None] < length),
             scale=head_dim**-0.5,
             batch_min=shapes.batch_min,
         )
@@ -214,8 +214,16 @@ def test_shapes_that_are_called_agreeing_give_equal_bits(head_dim: int) -> None:
 
 def test_too_small_a_batch_is_padded_and_cut_again() -> None:
     query, keys, values = torch.randn(3, 1, 4, 8)
-    bias = torch.zeros(1, 1, 4)
-    padded = canonical_attention(query, keys, values, bias, scale=1.0, batch_min=3)
+    mask = KeyMask.of(torch.ones(1, 1, 4, dtype=torch.bool))
+    padded = canonical_attention(query, keys, values, mask, scale=1.0, batch_min=3)
     assert padded.shape == query.shape
-    plain = canonical_attention(query, keys, values, bias, scale=1.0)
+    plain = canonical_attention(query, keys, values, mask, scale=1.0)
     torch.testing.assert_close(padded, plain)
+
+
+def test_scores_far_below_the_peak_cost_no_accuracy() -> None:
+    query, keys, values = torch.ones(1, 2, 4), torch.ones(1, 3, 4), torch.randn(1, 3, 4)
+    keys[0, 1:] *= torch.tensor([[-50.0], [-1e30]])
+    mask = KeyMask.of(torch.ones(1, 2, 3, dtype=torch.bool))
+    attended = canonical_attention(query, keys, values, mask, scale=1.0)
+    assert torch.equal(attended, values[:, :1].expand(1, 2, 4))
