@@ -1,0 +1,1 @@
+"""What outlives a process: the journal of every admitted request and every token it got."""
