@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from understudy.protocol.errors import Unavailable
+from understudy.protocol.errors import ConfigurationError, Unavailable
 from understudy.protocol.messages import ProcessExited, StatusReply, StatusRequest
 from understudy.runtime.config import (
     EngineConfig,
@@ -81,6 +82,11 @@ def run_launcher(config: LauncherConfig, *, on_ready: Callable[[Ready], None]) -
         LockHeld: another launcher runs in it.
         StartFailed: a process cannot start; all others are stopped.
     """
+    if config.gateway.port == 0:
+        # A gateway that is started again must be found where the first one was, so the free port
+        # is chosen here and not by each gateway anew.
+        gateway = dataclasses.replace(config.gateway, port=_free_port(config.gateway.host))
+        config = dataclasses.replace(config, gateway=gateway)
     prepare_run_directory(config.run_dir)
     lock = Lock.acquire(config.run_dir / LAUNCHER_LOCK, timeout_s=_LOCK_WAIT_S)
     try:
@@ -184,9 +190,6 @@ class Launcher:
         if serving < wanted or not addresses:
             return
         self._is_ready = True
-        # A gateway that is started again must be found where the first one found a free port.
-        port = int(addresses[0].rpartition(":")[2])
-        self._gateway.spec = _gateway_spec(dataclasses.replace(self._config.gateway, port=port))
         on_ready(Ready(addresses[0], reply.model, serving))
 
     def _stop(self) -> bool:
@@ -198,6 +201,19 @@ class Launcher:
         if not is_clean:
             self._log.warning("killed what had not ended in time")
         return is_clean
+
+
+def _free_port(host: str) -> int:
+    """A port of this host that nobody listens on."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host}: {error}") from error
 
 
 def _supervisor_spec(config: SupervisorConfig) -> ProcessSpec:

@@ -58,9 +58,7 @@ class Harness:
         """The tokens of a text."""
         return self.served.tokenizer.encode(text, add_special_tokens=False)
 
-    def post(
-        self, path: str, body: Any = None, *, raw: bytes | None = None, **headers: str
-    ) -> Any:
+    def post(self, path: str, body: Any = None, *, raw: bytes | None = None, **headers: str) -> Any:
         """Post JSON, or ``raw`` bytes."""
         data = json.dumps(body, ensure_ascii=False).encode() if raw is None else raw
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -192,5 +190,3 @@ async def serving(
             yield Harness(gateway, served, runner, session, host, port)
     finally:
         await runner.cleanup()
-
-

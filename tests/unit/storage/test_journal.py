@@ -248,8 +248,8 @@ def test_a_compacted_journal_stays_small_and_says_the_same() -> None:
         records = []
         while len(story.live) < 4:
             records += story.opening(1)
-        live = story.live
-        records.append(story.step(live, finishing=live[:1] if turn % 9 == 8 else ()))
+        running = story.live
+        records.append(story.step(running, finishing=running[:1] if turn % 9 == 8 else ()))
         for journal in (compacting, plain):
             journal.append(records)
             journal.commit(1.0 + turn * 0.01)
