@@ -213,7 +213,7 @@ def _free_port(host: str) -> int:
             probe.bind(address)
             return int(probe.getsockname()[1])
     except OSError as error:
-        raise ConfigurationError(f"cannot listen on {host}: {error}") from error
+        raise ConfigurationError(f"cannot listen on {host}:0: {error}") from error
 
 
 def _supervisor_spec(config: SupervisorConfig) -> ProcessSpec:

@@ -22,6 +22,7 @@ from understudy.runtime.storage.image import HeldRequest, Retention
 from understudy.runtime.storage.journal import Journal, JournalOptions, Opened
 from understudy.runtime.storage.records import Admit, Assign, End, Epoch, Record, Step
 from understudy.runtime.storage.recovery import Recovery, recover
+from understudy.runtime.storage.virtual_disk import VirtualDisk
 
 LONG = Retention(seconds=1e9)
 """Nothing is forgotten while a test runs."""
@@ -176,3 +177,33 @@ def reopen(disk: Disk, options: JournalOptions | None = None, now: float = 1000.
 def read(disk: Disk, now: float = 1000.0) -> Recovery:
     """What a journal says, without taking it."""
     return recover(disk, LONG, now).recovery
+
+
+OPTIONS = JournalOptions(retention=LONG)
+SMALL = replace(OPTIONS, segment_bytes=3000, compact_above_bytes=9000, portion_bytes=600)
+
+
+def start(disk: VirtualDisk, options: JournalOptions = OPTIONS) -> Journal:
+    return Journal.open(disk, options, 0.0).journal
+
+
+def settle(journal: Journal, now: float = 500.0) -> None:
+    """Let the journal do what it does in idle time."""
+    for _ in range(100_000):
+        if journal.wake_at is None:
+            return
+        now = max(now, journal.wake_at) + 1e-3
+        journal.commit(now)
+    raise AssertionError("the journal does not come to rest")
+
+
+def live_a_while(
+    journal: Journal, story: Story, turns: int, *, batch: int = 4, now: float = 1.0
+) -> None:
+    """Turns in which requests come, get tokens and end."""
+    for turn in range(turns):
+        while len(story.live) < batch:
+            journal.append(story.opening(1))
+        live = story.live
+        journal.append([story.step(live, finishing=live[:1] if turn % 9 == 8 else ())])
+        journal.commit(now + turn * 0.01)
