@@ -71,6 +71,10 @@ class Disk(Protocol):
         """Make a new file to append to."""
         ...
 
+    def sync(self, name: str) -> None:
+        """Return when a file, and its name, is on the medium, whoever wrote it."""
+        ...
+
     def truncate(self, name: str, length: int) -> None:
         """Cut a file."""
         ...
@@ -107,11 +111,7 @@ class OsFile:
         """Call fdatasync(2), and the first time fsync(2) for the name."""
         os.fdatasync(self._descriptor)
         if not self._is_name_synced:
-            descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_names(self._directory)
             self._is_name_synced = True
 
     def start_sync(self, now: float) -> None:  # noqa: ARG002 - a virtual disk takes time
@@ -192,6 +192,15 @@ class OsDisk:
         """Make a new file; what an earlier attempt left under the name is gone."""
         return OsFile(self._directory / name, self._syncer)
 
+    def sync(self, name: str) -> None:
+        """Sync a file that may have been written by another process."""
+        descriptor = os.open(self._directory / name, os.O_WRONLY)
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+        _sync_names(self._directory)
+
     def truncate(self, name: str, length: int) -> None:
         """Cut a file."""
         os.truncate(self._directory / name, length)
@@ -210,3 +219,11 @@ class OsDisk:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _sync_names(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -341,8 +341,12 @@ class Image:
         for held in [*self.live.values(), *self.ended.values()]:
             held.base = 0
 
-    def sort_ended(self) -> None:
-        """Bring the ended requests into the order of their ends."""
+    def sort(self) -> None:
+        """Bring the living into the order of their admission, and the others of their ends."""
+        by_age = sorted(
+            self.live.values(), key=lambda held: (held.serial - self.next_serial) & SERIAL_MASK
+        )
+        self.live = {held.request_id: held for held in by_age}
         self.ended = dict(sorted(self.ended.items(), key=lambda item: item[1].ended_at))
 
     def set_clock(self, now: float) -> None:

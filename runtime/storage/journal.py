@@ -175,6 +175,7 @@ class Journal:
         )
         if recovered.recovery.damage:
             journal._start_compaction()
+        journal._sync_old(now)
         journal.commit(now)
         if journal._error is not None and journal._error.errno in _NOT_OURS:
             disk.close()
@@ -267,6 +268,7 @@ class Journal:
                 held = image.live[record.request_id]
                 held.attempt, held.epoch = record.attempt, record.epoch
                 held.engine = record.engine
+                image.epoch = max(image.epoch, record.epoch)
                 self._add(parts, records.ASSIGN, records.encode_assign(held.serial, record))
             case End(request_id, reason, code, message):
                 held = image.live[request_id]
@@ -318,6 +320,18 @@ class Journal:
         self._image.part_all()
         if (not was_open and self.degraded is not None) or self._is_too_large():
             self._start_compaction()
+
+    def _sync_old(self, now: float) -> None:
+        """Bring onto the medium what an earlier process had only written."""
+        if self._options.policy is SyncPolicy.PROCESS:
+            return
+        try:
+            for number in self._sizes:
+                self._disk.sync(segment_name(number))
+        except FileNotFoundError:
+            pass  # It is missing, and recovery has said so.
+        except OSError as error:
+            self._degrade(error, now)
 
     def _write(self, data: bytes, now: float) -> bool:
         """Write one turn, and look after syncs and what waits for them."""

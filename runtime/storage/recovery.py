@@ -121,7 +121,7 @@ def _finish(image: Image, found: Survey, now: float) -> None:
     image.next_serial = found.next_serial
     image.epoch = max(image.epoch, found.epoch)
     image.set_clock(now)
-    image.sort_ended()
+    image.sort()
     image.expire(now)
 
 

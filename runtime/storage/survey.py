@@ -7,6 +7,7 @@ requests; then it is known whose tokens are wanted and from which segment on.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -143,6 +144,7 @@ def survey(disk: Disk, retention: Retention, now: float) -> Survey:
         for name in disk.names()
         if (number := segment_number(name)) is not None
     ]
+    _drop_torn(disk, found, files)
     for index, (number, _) in enumerate(files):
         following = files[index + 1] if index + 1 < len(files) else None
         while found.parts and found.parts[-1].number + 1 < number:
@@ -151,7 +153,7 @@ def survey(disk: Disk, retention: Retention, now: float) -> Survey:
         part, data = _read(disk, number, following)
         found.parts.append(part)
         _take_in(found, spans, part, data)
-    _drop_torn(found)
+    found.torn_bytes += sum(part.scan.torn_bytes for part in found.parts if part.scan)
     _drop_leftovers(found)
     _choose(found, spans, retention, now)
     return found
@@ -228,7 +230,9 @@ def _take_record(
         spans[serial] = _Span(part.number, stop - start)
         _note_serial(found, serial, is_admitted=True)
     elif kind == ASSIGN:
-        _note_serial(found, decode_assign(data, start, stop).serial, is_admitted=False)
+        assigned = decode_assign(data, start, stop)
+        _note_serial(found, assigned.serial, is_admitted=False)
+        found.epoch = max(found.epoch, assigned.epoch)
     elif kind == CHECKPOINT:
         serial, _ = decode_admit_ids(data, start)
         finish, length, ended_at = decode_checkpoint_end(data, start)
@@ -260,14 +264,22 @@ def _note_serial(found: Survey, serial: int, *, is_admitted: bool) -> None:
         found.next_serial = following
 
 
-def _drop_torn(found: Survey) -> None:
-    """A latest segment of which not even the header was written is none."""
-    found.torn_bytes = sum(part.scan.torn_bytes for part in found.parts if part.scan is not None)
-    if found.parts:
-        last = found.parts[-1]
-        if last.damage is None and last.scan is not None and last.scan.header is None:
-            found.leftovers.append(last.name)
-            found.parts.pop()
+def _drop_torn(disk: Disk, found: Survey, files: list[_Numbered]) -> None:
+    """A latest segment of which not even the header was written whole is none."""
+    with contextlib.suppress(OSError):
+        while files:
+            name = files[-1].name
+            try:
+                if decode_header(disk.read(name, HEADER_BYTES)) is not None:
+                    return
+                result = scan(disk.read(name))
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{disk.name}: {error}") from error
+            if result.damage is not None:
+                return
+            found.torn_bytes += result.torn_bytes
+            found.leftovers.append(name)
+            files.pop()
 
 
 def _drop_leftovers(found: Survey) -> None:

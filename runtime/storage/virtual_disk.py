@@ -182,6 +182,12 @@ class VirtualDisk:
         content = self._files[name] = _Content()
         return VirtualFile(self, content)
 
+    def sync(self, name: str) -> None:
+        """Bring a file onto the medium."""
+        content = self._find(name)
+        self.judge_sync()
+        self._keep_all(content)
+
     def truncate(self, name: str, length: int) -> None:
         """Cut a file."""
         self._check_writable()
