@@ -28,8 +28,10 @@ _GREEDY_TEMPERATURE: Final = 1e-5
 """Below this, dividing by the temperature would overflow; the result is greedy anyway."""
 _NUM_CANDIDATES: Final = (64, 1024)
 _SUM_BLOCK: Final = 1024
-_NOISE_ELEMENTS_MAX: Final = 1 << 20
-"""Noise drawn at once: bounds the memory of a large batch over a large vocabulary."""
+_MASS_FLOOR: Final = -80.0
+_NOISE_ELEMENTS_MAX: Final = 1 << 15
+"""Noise drawn at once."""
+_NOISE_WIDTH_MIN: Final = 1 << 12
 
 
 class SamplingRow(NamedTuple):
@@ -111,12 +113,9 @@ class Sampler:
         tokens: list[int] = logits.argmax(dim=1).tolist()
         truncated = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_truncated]
         full = [i for i, row in enumerate(rows) if not row.is_greedy and not row.is_truncated]
-        rows_at_once = max(1, _NOISE_ELEMENTS_MAX // self._vocab_size)
-        for start in range(0, len(full), rows_at_once):
-            some = full[start : start + rows_at_once]
-            scaled = self._scaled(logits, rows, some)
-            scaled += gumbel_noise(self._keys(rows, some), self._token_ids)
-            for index, token in zip(some, scaled.argmax(dim=1).tolist(), strict=True):
+        if full:
+            from_all = self._draw_from_all(logits, rows, full)
+            for index, token in zip(full, from_all, strict=True):
                 tokens[index] = token
         widths = [width for width in _NUM_CANDIDATES if width < self._vocab_size]
         for num_candidates in (*widths, self._vocab_size):
@@ -125,28 +124,51 @@ class Sampler:
             if not some:
                 continue
             drawn = self._draw_among(logits, rows, some, num_candidates)
-            for index, token in zip(some, drawn, strict=True):
-                if token is not None:
-                    tokens[index] = token
+            for index, proven in zip(some, drawn, strict=True):
+                if proven is not None:
+                    tokens[index] = proven
                     truncated.remove(index)
         return tokens
+
+    def _draw_from_all(self, logits: Tensor, rows: Rows[SamplingRow], some: list[int]) -> list[int]:
+        """Draw for some rows from the whole vocabulary, by chunks that stay in the cache."""
+        temperatures, keys = self._temperatures(rows, some), self._keys(rows, some)
+        chosen = _rows_of(logits, some)
+        width = max(_NOISE_ELEMENTS_MAX // len(some), _NOISE_WIDTH_MIN)
+        best = torch.full((len(some),), -math.inf, dtype=torch.float64, device=self._device)
+        tokens = torch.zeros(len(some), dtype=torch.int64, device=self._device)
+        for start in range(0, self._vocab_size, width):
+            ids = self._token_ids[start : start + width]
+            noisy = chosen[:, start : start + width].to(torch.float64) / temperatures
+            values, places = noisy.add_(gumbel_noise(keys, ids)).max(dim=1)
+            tokens = torch.where(values > best, places + start, tokens)
+            best = torch.maximum(best, values)
+        drawn: list[int] = tokens.tolist()
+        return drawn
 
     def _draw_among(
         self, logits: Tensor, rows: Rows[SamplingRow], some: list[int], num_candidates: int
     ) -> list[int | None]:
         """Draw for truncated rows from their likeliest tokens; None where these may not suffice."""
-        scaled = self._scaled(logits, rows, some)
-        values, ids = scaled.topk(num_candidates, dim=1)
         params = [rows[index].params for index in some]
-        masses = (values - values[:, :1]).exp_()
-        whole = _row_sums((scaled - values[:, :1]).exp_())
-        least = self._least_kept(values, masses.cumsum(dim=1), whole, params)
+        temperatures, chosen = self._temperatures(rows, some), _rows_of(logits, some)
+        is_all = num_candidates == self._vocab_size
+        likeliest = chosen.sort(dim=1, descending=True) if is_all else chosen.topk(num_candidates)
+        ids = likeliest.indices
+        values = likeliest.values.to(torch.float64) / temperatures
+        masses = (values - values[:, :1]).exp_().cumsum(dim=1)
+        # The mass of everything is a pass over the vocabulary; top-k needs that of k tokens.
+        needs_whole = any(
+            each.top_p < 1.0 and not 0 < each.top_k < self._vocab_size for each in params
+        )
+        whole = _whole_mass(chosen, temperatures) if needs_whole else masses[:, -1:]
+        least = self._least_kept(values, masses, whole, params)
         # Every token of at least this value is kept, so that equal tokens share one fate. What is
         # no candidate is at most the last one: if that one is dropped, so is everything outside.
         kept = values >= least
         drawn = (values + gumbel_noise(self._keys(rows, some), ids)).masked_fill_(~kept, -math.inf)
         tokens = ids.gather(1, drawn.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
-        if num_candidates == self._vocab_size:
+        if is_all:
             return list(tokens)
         proven = (~kept[:, -1]).tolist()
         return [token if sure else None for token, sure in zip(tokens, proven, strict=True)]
@@ -179,11 +201,8 @@ class Sampler:
         relative_least = values[:, :1] + min_p.log()
         return torch.maximum(torch.maximum(least, nucleus_least), relative_least)
 
-    def _scaled(self, logits: Tensor, rows: Rows[SamplingRow], some: list[int]) -> Tensor:
-        """Logits of some rows over their temperatures, float64."""
-        temperatures = self._column([rows[index].params.temperature for index in some])
-        chosen = logits if len(some) == len(logits) else logits[some]
-        return chosen.to(torch.float64) / temperatures
+    def _temperatures(self, rows: Rows[SamplingRow], some: list[int]) -> Tensor:
+        return self._column([rows[index].params.temperature for index in some])
 
     def _keys(self, rows: Rows[SamplingRow], some: list[int]) -> Tensor:
         keys = [signed(noise_key(rows[i].params.seed, rows[i].position)) for i in some]
@@ -193,11 +212,21 @@ class Sampler:
         return torch.tensor(values, dtype=dtype, device=self._device).unsqueeze(1)
 
 
-def _row_sums(masses: Tensor) -> Tensor:
-    """Sum of each row, ``[rows, 1]``, by blocks: torch adds up a lone long row in another order."""
+def _rows_of(logits: Tensor, some: list[int]) -> Tensor:
+    return logits if len(some) == len(logits) else logits[some]
+
+
+def _whole_mass(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Mass of the whole vocabulary relative to the likeliest token's, ``[rows, 1]``, float64.
+
+    Summed by blocks, since torch adds up a lone long row in another order than one of many.
+    """
+    scaled = (logits - logits.amax(dim=1, keepdim=True)).div_(temperatures.to(torch.float32))
+    # Far below, an exponential is a denormal number, which takes a hundred times as long.
+    masses = scaled.clamp_(min=_MASS_FLOOR).exp_()
     rows, width = masses.shape
     blocks = F.pad(masses, (0, -width % _SUM_BLOCK)).view(rows, -1, _SUM_BLOCK)
-    return blocks.sum(dim=2).sum(dim=1, keepdim=True)
+    return blocks.sum(dim=2, dtype=torch.float64).sum(dim=1, keepdim=True)
 
 
 def _token_logprobs(logprobs: Tensor, token: int, num_top: int) -> TokenLogprobs:

@@ -95,16 +95,23 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         SamplingParams(seed=4, max_tokens=9, top_k=1500, temperature=2.0),
         SamplingParams(seed=5, max_tokens=9, min_p=0.01, frequency_penalty=0.5),
         SamplingParams(seed=6, max_tokens=9, repetition_penalty=1.3, logprobs=3),
+        SamplingParams(seed=7, max_tokens=9, top_k=1 << 20, top_p=0.97),
     ]
     rows = [row_of(each, output=[1, 2, 3]) for each in params]
     logits = random_logits(len(rows), vocab_size, seed=1)
     together = Sampler(vocab_size, CPU).sample(logits.clone(), rows)
-    order = [3, 0, 6, 5, 1, 4, 2]
+    order = [3, 0, 7, 6, 5, 1, 4, 2]
     shuffled = Sampler(vocab_size, CPU).sample(logits[order], [rows[i] for i in order])
     assert shuffled == [together[i] for i in order]
     for index, row in enumerate(rows):
         alone = Sampler(vocab_size, CPU).sample(logits[index : index + 1].clone(), [row])
         assert alone == [together[index]]
+
+
+def test_a_vocabulary_of_several_chunks_of_noise_is_drawn_from_as_one() -> None:
+    logits = random_logits(9, 50_000, seed=2, scale=0.5)
+    rows = [row_of(SamplingParams(seed=i, max_tokens=1)) for i in range(9)]
+    assert draw(logits, rows) == [oracle(*each) for each in zip(logits, rows, strict=True)]
 
 
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
