@@ -16,11 +16,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from understudy.actors.http_generation import HttpLimits
-from understudy.actors.http_server import listen, serve_http
+from understudy.actors.http_answers import HttpLimits
+from understudy.actors.http_server import serve_http
 from understudy.actors.scripted_gateway import ScriptedGateway
 from understudy.protocol.request import Request
 from understudy.runtime.kit.clock import VirtualClock
+from understudy.runtime.kit.listening import listen
 from understudy.runtime.served_model import ServedModel
 
 T = TypeVar("T")
