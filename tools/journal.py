@@ -137,7 +137,7 @@ class _Reader:
         self.complaint = found.damage
         if found.torn_bytes:
             self.complaint = f"{found.torn_bytes} bytes are torn, or just being written"
-        for record in found.records():
+        for record in found.records(data):
             if record.kind == records.HEADER and found.header is not None:
                 yield Event(record.lsn, _describe_header(found.header), ())
             else:

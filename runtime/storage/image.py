@@ -253,6 +253,8 @@ class Image:
         self.next_serial = 1
         self._retention = retention
         self._ended_bytes = 0
+        self._expiry_at = float("inf")
+        """No ended request is too old before."""
 
     def get(self, request_id: int) -> Held | None:
         """A request that is held, living or ended."""
@@ -315,6 +317,7 @@ class Image:
         """Enter a request that has ended."""
         self._drop_ended(held.request_id)
         self.ended[held.request_id] = held
+        self._expiry_at = min(self._expiry_at, held.ended_at + self._retention.seconds)
         self._ended_bytes += held.num_bytes
 
     def forget(self, held: Held) -> None:
@@ -329,10 +332,14 @@ class Image:
 
     def expire(self, now: float) -> None:
         """Drop ended requests that are too old, or too many."""
+        if now < self._expiry_at and self._ended_bytes <= self._retention.bytes_max:
+            return
+        self._expiry_at = float("inf")
         while self.ended:
             oldest = next(iter(self.ended.values()))
-            is_late = oldest.ended_at + self._retention.seconds <= now
-            if not is_late and self._ended_bytes <= self._retention.bytes_max:
+            expiry_at = oldest.ended_at + self._retention.seconds
+            if now < expiry_at and self._ended_bytes <= self._retention.bytes_max:
+                self._expiry_at = expiry_at
                 return
             self._drop_ended(oldest.request_id)
 
@@ -354,6 +361,7 @@ class Image:
         if now < self.clock:
             for held in self.ended.values():
                 held.ended_at += now - self.clock
+            self._expiry_at = float("-inf")
         self.clock = now
 
     def num_bytes(self) -> int:

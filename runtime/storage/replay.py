@@ -21,7 +21,7 @@ from understudy.runtime.storage import records
 from understudy.runtime.storage.image import RUN_STEPS_MAX, Held, Image
 from understudy.runtime.storage.logprobs import pack_logprobs, unpack_logprobs
 from understudy.runtime.storage.records import HEADER, RECORD_HEAD_BYTES, STEP, EndMark
-from understudy.runtime.storage.segments import Header, RawRecord, Scan
+from understudy.runtime.storage.segments import LENGTH_AND_KIND, Header, RawRecord, Scan
 from understudy.runtime.storage.steps import PLAIN_HEAD, StepPayload, deal_out, read_ends, read_step
 
 _MALFORMED: Final = (struct.error, ValueError, IndexError, KeyError, UnicodeDecodeError)
@@ -63,10 +63,13 @@ class Replay:
         """Take in a segment; gives what is wrong with it if its records do not fit together."""
         self.image.part_all()
         by_serial, unpack = self.image.by_serial, PLAIN_HEAD.unpack_from
-        offset = stop = 0
+        step_over, head = LENGTH_AND_KIND.unpack_from, RECORD_HEAD_BYTES
+        position = 0
         try:
-            for kind, stop in zip(scan.kinds, scan.offsets[1:], strict=True):
-                start, offset = offset + RECORD_HEAD_BYTES, stop
+            while position < scan.valid_length:
+                length, kind = step_over(data, position)
+                start = position + head
+                position = stop = start + length
                 if kind == STEP and not data[start]:
                     # Nearly all records are like this one.
                     _, first = unpack(data, start)
@@ -84,7 +87,7 @@ class Replay:
                 else:
                     self._take(kind, data, start, stop, number)
         except _MALFORMED:
-            return f"its record before byte {stop} does not fit what came before"
+            return f"its record before byte {position} does not fit what came before"
         return None
 
     def rest(self, number: int, rest: Iterable[RawRecord], data: bytes) -> None:

@@ -59,7 +59,8 @@ class SegmentWriter:
         self.durable_lsn = 0
         """Everything up to here is on the medium, as far as this process knows."""
         self._disk = disk
-        self._policy = policy
+        self._is_strict = policy is SyncPolicy.STRICT
+        self._is_group = policy is SyncPolicy.GROUP
         self._sync_every_s = sync_every_s
         self._file: SegmentFile | None = None
         self.is_empty = True
@@ -84,7 +85,7 @@ class SegmentWriter:
         """Begin a new segment; the one before, if any, is full."""
         file = self._disk.create(segment_name(self.number + 1))
         if self._file is not None:
-            if self._policy is SyncPolicy.STRICT:
+            if self._is_strict:
                 self._file.close()
             else:
                 self._full.append(_Full(self._file, self._last_lsn))
@@ -104,7 +105,7 @@ class SegmentWriter:
         self.length += len(data)
         self._last_lsn = last_lsn
         self._crc = zlib.crc32(data, self._crc)
-        if self._policy is SyncPolicy.STRICT:
+        if self._is_strict:
             self._file.sync()
             self.durable_lsn = last_lsn
 
@@ -114,9 +115,7 @@ class SegmentWriter:
 
     def tend(self, now: float) -> None:
         """Look after the syncs beside the turns: notice what is done, begin what is due."""
-        if self._policy is SyncPolicy.PROCESS and not (
-            self._is_sync_wanted or self._sync or self._full
-        ):
+        if not (self._is_group or self._is_sync_wanted or self._sync or self._full):
             return
         if self._sync is not None:
             file, last_lsn, is_full = self._sync
@@ -142,7 +141,7 @@ class SegmentWriter:
             return None
         if self._is_sync_wanted:
             return now
-        return self._sync_at + self._sync_every_s if self._policy is SyncPolicy.GROUP else None
+        return self._sync_at + self._sync_every_s if self._is_group else None
 
     def abandon(self) -> None:
         """Give up on every open file. What was written whole stays readable."""
@@ -176,7 +175,7 @@ class SegmentWriter:
         if self.durable_lsn >= self._last_lsn:
             return False
         is_time = now >= self._sync_at + self._sync_every_s
-        return self._is_sync_wanted or (self._policy is SyncPolicy.GROUP and is_time)
+        return self._is_sync_wanted or (self._is_group and is_time)
 
     def _start(self, sync: _Sync, now: float) -> None:
         sync.file.start_sync(now)

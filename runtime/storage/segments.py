@@ -42,8 +42,8 @@ _HIGH_LSN_AT: Final = 10
 """Where the upper six bytes of the lsn are in a record."""
 _RECORD_DAMAGED: Final = "a record is damaged"
 _HEADER_DAMAGED: Final = "its header is damaged"
-_LENGTH_AND_KIND = Struct("<I12xB")
-_NO_PLAIN_STEP = re.compile(b"[^%c]" % STEP)
+LENGTH_AND_KIND: Final = Struct("<I12xB")
+"""Of a record's head, all that it takes to step over it."""
 
 
 class Seal(NamedTuple):
@@ -89,10 +89,9 @@ class Scan:
     """What of a segment can be believed."""
 
     header: Header | None
-    offsets: array[int]
-    """Where each record begins, and where the last one ends."""
-    kinds: bytes
-    """The kind of each record."""
+    num_records: int
+    marks: array[int]
+    """Where each record begins that is no step, or in which a request ended."""
     valid_length: int
     """The bytes up to here are whole records."""
     last_lsn: int
@@ -108,20 +107,14 @@ class Scan:
         """What the next header has to say about this segment."""
         return Seal(self.valid_length, self.last_lsn, self.crc)
 
-    def records(self) -> Iterator[RawRecord]:
+    def records(self, data: bytes) -> Iterator[RawRecord]:
         """Where the payload of each record lies, in order."""
-        lsn = self.header.lsn if self.header is not None else 0
-        for index, kind in enumerate(self.kinds):
-            start = self.offsets[index] + RECORD_HEAD_BYTES
-            yield RawRecord(lsn + index, kind, start, self.offsets[index + 1])
-
-    def records_but_plain_steps(self) -> Iterator[RawRecord]:
-        """The same without steps in which nothing ended: few, and found without looking at all."""
-        lsn = self.header.lsn if self.header is not None else 0
-        for match in _NO_PLAIN_STEP.finditer(self.kinds):
-            index = match.start()
-            start = self.offsets[index] + RECORD_HEAD_BYTES
-            yield RawRecord(lsn + index, self.kinds[index], start, self.offsets[index + 1])
+        position = 0
+        while position < self.valid_length:
+            length, _, lsn, kind = RECORD_HEAD.unpack_from(data, position)
+            start = position + RECORD_HEAD_BYTES
+            position = start + length
+            yield RawRecord(lsn, kind, start, position)
 
 
 def segment_name(number: int) -> str:
@@ -203,9 +196,8 @@ def scan(data: bytes, seal: Seal | None = None, *, is_last: bool = True) -> Scan
     crc = zlib.crc32(data)
     if seal is not None and header is not None and (len(data), crc) == (seal.length, seal.crc):
         return _index_sealed(data, header, seal, surplus)
-    offsets, kinds = _follow(data, header)
-    valid_length = offsets[-1]
-    last_lsn = header.lsn + len(kinds) - 1 if header is not None else 0
+    num_records, marks, valid_length = _follow(data, header)
+    last_lsn = header.lsn + num_records - 1 if header is not None else 0
     if seal is not None or not is_last:
         damage = _judge_closed(data, valid_length, seal, has_header=header is not None)
     elif header is not None:
@@ -215,46 +207,46 @@ def scan(data: bytes, seal: Seal | None = None, *, is_last: bool = True) -> Scan
         damage = _HEADER_DAMAGED if len(data.rstrip(b"\0")) >= HEADER_BYTES else None
     torn_bytes = 0 if damage is not None else len(data) - valid_length + surplus
     crc = crc if valid_length == len(data) else zlib.crc32(data[:valid_length])
-    return Scan(header, offsets, kinds, valid_length, last_lsn, damage, torn_bytes, crc)
+    return Scan(header, num_records, marks, valid_length, last_lsn, damage, torn_bytes, crc)
 
 
 def _index_sealed(data: bytes, header: Header, seal: Seal, surplus: int) -> Scan:
-    """Find the records of a segment whose checksum as a whole is right."""
-    offsets = array("Q")
-    kinds = bytearray()
-    append, append_kind = offsets.append, kinds.append
-    unpack, head, stop = _LENGTH_AND_KIND.unpack_from, RECORD_HEAD_BYTES, seal.length
+    """Find the marks of a segment whose checksum as a whole is right."""
+    marks = array("Q")
+    unpack, stop, step, head = LENGTH_AND_KIND.unpack_from, seal.length, STEP, RECORD_HEAD_BYTES
     position = 0
     while position < stop:
         length, kind = unpack(data, position)
-        append(position)
-        append_kind(kind)
+        if kind != step:
+            marks.append(position)
         position += head + length
-    append(position)
     assert position == stop, "a sealed segment holds whole records"
-    return Scan(header, offsets, bytes(kinds), stop, seal.last_lsn, None, surplus, seal.crc)
+    num_records = seal.last_lsn - header.lsn + 1
+    return Scan(header, num_records, marks, stop, seal.last_lsn, None, surplus, seal.crc)
 
 
-def _follow(data: bytes, header: Header | None) -> tuple[array[int], bytes]:
-    """Follow the records from the beginning for as long as each of them is right."""
-    offsets = array("Q")
-    kinds = bytearray()
+def _follow(data: bytes, header: Header | None) -> tuple[int, array[int], int]:
+    """Follow the records from the beginning for as long as each of them is right.
+
+    Gives how many there are, the marks among them, and where the last one ends.
+    """
+    marks = array("Q")
     position = 0
-    if header is not None:
-        unpack, crc32, view = RECORD_HEAD.unpack_from, zlib.crc32, memoryview(data)
-        last_start = len(data) - RECORD_HEAD_BYTES
-        expected = header.lsn
-        while position <= last_start:
-            length, crc, lsn, kind = unpack(data, position)
-            stop = position + RECORD_HEAD_BYTES + length
-            if stop > len(data) or lsn != expected or crc32(view[position + 8 : stop]) != crc:
-                break
-            offsets.append(position)
-            kinds.append(kind)
-            position = stop
-            expected += 1
-    offsets.append(position)
-    return offsets, bytes(kinds)
+    if header is None:
+        return 0, marks, position
+    unpack, crc32, view = RECORD_HEAD.unpack_from, zlib.crc32, memoryview(data)
+    last_start = len(data) - RECORD_HEAD_BYTES
+    expected = header.lsn
+    while position <= last_start:
+        length, crc, lsn, kind = unpack(data, position)
+        stop = position + RECORD_HEAD_BYTES + length
+        if stop > len(data) or lsn != expected or crc32(view[position + 8 : stop]) != crc:
+            break
+        if kind != STEP:
+            marks.append(position)
+        position = stop
+        expected += 1
+    return expected - header.lsn, marks, position
 
 
 def _judge_closed(

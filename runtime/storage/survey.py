@@ -23,6 +23,7 @@ from understudy.runtime.storage.records import (
     EPOCH,
     FINAL_STEP,
     HEADER,
+    RECORD_HEAD_BYTES,
     RETIRE,
     STEP,
     decode_admit_ids,
@@ -34,6 +35,7 @@ from understudy.runtime.storage.records import (
 )
 from understudy.runtime.storage.segments import (
     HEADER_BYTES,
+    LENGTH_AND_KIND,
     NO_SEAL,
     Header,
     RawRecord,
@@ -74,14 +76,16 @@ class Part:
         return self.scan.valid_length if self.scan is not None else 0
 
 
-@dataclass(slots=True)
 class _Span:
     """What the survey knows of a request."""
 
-    base: int
-    num_bytes: int
-    length: int = 0
-    ended_at: float | None = None
+    __slots__ = ("base", "ended_at", "length", "num_bytes")
+
+    def __init__(self, base: int, num_bytes: int) -> None:
+        self.base = base
+        self.num_bytes = num_bytes
+        self.length = 0
+        self.ended_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -153,6 +157,7 @@ def survey(disk: Disk, retention: Retention, now: float) -> Survey:
         part, data = _read(disk, number, following)
         found.parts.append(part)
         _take_in(found, spans, part, data)
+        _prune(found, spans, retention)
     found.torn_bytes += sum(part.scan.torn_bytes for part in found.parts if part.scan)
     _drop_leftovers(found)
     _choose(found, spans, retention, now)
@@ -196,18 +201,17 @@ def _take_in(found: Survey, spans: dict[int, _Span], part: Part, data: bytes) ->
     """Note what begins and ends in a segment."""
     if part.scan is not None and part.scan.header is not None:
         header = part.scan.header
-        found.records += len(part.scan.kinds)
+        found.records += part.scan.num_records
         if found.parts[0] is not part and header.next_serial != found.next_serial:
             found.unseen.append((found.next_serial, header.next_serial))
         found.next_serial = header.next_serial
         _take_header(found, spans, header)
-        for record in part.scan.records_but_plain_steps():
-            _take_record(found, spans, part, data, record)
+        _take_marks(found, spans, part.number, part.scan, data)
     if part.damage is not None:
         rest = find_records(data, part.offset, found.last_lsn)
         part.rest = tuple(record for record in rest if record.kind not in {HEADER, STEP})
-        for record in part.rest:
-            _take_record(found, spans, part, data, record)
+        for _, kind, start, stop in part.rest:
+            _take_record(found, spans, part.number, data, kind, start, stop)
 
 
 def _take_header(found: Survey, spans: dict[int, _Span], header: Header) -> None:
@@ -221,24 +225,38 @@ def _take_header(found: Survey, spans: dict[int, _Span], header: Header) -> None
     found.clock = header.clock
 
 
-def _take_record(
-    found: Survey, spans: dict[int, _Span], part: Part, data: bytes, record: RawRecord
+def _take_marks(
+    found: Survey, spans: dict[int, _Span], number: int, result: Scan, data: bytes
 ) -> None:
-    _, kind, start, stop = record
+    """Take in what a segment marks."""
+    unpack = LENGTH_AND_KIND.unpack_from
+    for position in result.marks:
+        length, kind = unpack(data, position)
+        start = position + RECORD_HEAD_BYTES
+        _take_record(found, spans, number, data, kind, start, start + length)
+
+
+def _take_record(
+    found: Survey,
+    spans: dict[int, _Span],
+    number: int,
+    data: bytes,
+    kind: int,
+    start: int,
+    stop: int,
+) -> None:
     if kind == ADMIT:
         serial, _ = decode_admit_ids(data, start)
-        spans[serial] = _Span(part.number, stop - start)
-        _note_serial(found, serial, is_admitted=True)
+        spans[serial] = _Span(number, stop - start)
+        if serial == found.next_serial:
+            found.next_serial = (serial + 1) & SERIAL_MASK
+        else:
+            _note_serial(found, serial, is_admitted=True)
     elif kind == ASSIGN:
+        # Its admission may be in what is damaged.
         assigned = decode_assign(data, start, stop)
         _note_serial(found, assigned.serial, is_admitted=False)
         found.epoch = max(found.epoch, assigned.epoch)
-    elif kind == CHECKPOINT:
-        serial, _ = decode_admit_ids(data, start)
-        finish, length, ended_at = decode_checkpoint_end(data, start)
-        span = _Span(part.number, stop - start, length)
-        span.ended_at = ended_at if finish else None
-        spans[serial] = span
     elif kind in {END, FINAL_STEP}:
         marks = read_ends(data, start) if kind == FINAL_STEP else (decode_end_mark(data, start),)
         for mark in marks:
@@ -246,12 +264,29 @@ def _take_record(
             if ended is not None:
                 ended.length = mark.length
                 ended.ended_at = found.clock
+    elif kind == CHECKPOINT:
+        serial, _ = decode_admit_ids(data, start)
+        finish, length, ended_at = decode_checkpoint_end(data, start)
+        span = spans[serial] = _Span(number, stop - start)
+        span.length = length
+        span.ended_at = ended_at if finish else None
     elif kind == CLOCK:
         found.clock = decode_clock(data, start)
     elif kind == EPOCH:
         found.epoch = max(found.epoch, decode_epoch(data, start))
     elif kind == RETIRE:
         found.oldest_needed = max(found.oldest_needed, decode_epoch(data, start))
+
+
+def _prune(found: Survey, spans: dict[int, _Span], retention: Retention) -> None:
+    """Forget who ended too long ago, so that a long journal takes no more memory than a short."""
+    if not found.unseen:
+        horizon = found.clock - retention.seconds
+        gone = [
+            s for s, one in spans.items() if one.ended_at is not None and one.ended_at <= horizon
+        ]
+        for serial in gone:
+            del spans[serial]
 
 
 def _note_serial(found: Survey, serial: int, *, is_admitted: bool) -> None:

@@ -81,8 +81,8 @@ def test_a_whole_segment_is_read_whole(is_sealed: bool) -> None:
     assert found.header == HEADER
     assert found.damage is None
     assert (found.valid_length, found.last_lsn, found.torn_bytes) == (len(data), 105, 0)
-    assert [one.lsn for one in found.records()] == [100, 101, 102, 103, 104, 105]
-    assert all(data[one.start : one.stop] == b"12345678" for one in list(found.records())[1:])
+    assert [one.lsn for one in found.records(data)] == [100, 101, 102, 103, 104, 105]
+    assert all(data[one.start : one.stop] == b"12345678" for one in list(found.records(data))[1:])
     assert found.seal == seal_of(data)
 
 
