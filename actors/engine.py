@@ -2,9 +2,15 @@
 
 One process for each GPU. Knows nothing of text, tenants or HTTP, and keeps nothing that cannot be
 made again from a request and the output it already has: when it dies, another goes on.
+
+When the supervisor is gone, the engine plays on in silence. With the next session it says what it
+holds, and what it added to each request, and is told what to drop.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final, Protocol
 
 from understudy.protocol.messages import (
     Assign,
@@ -12,17 +18,63 @@ from understudy.protocol.messages import (
     Capacity,
     Heartbeat,
     Hello,
+    Inventory,
     Message,
     Role,
     StepOutput,
 )
+from understudy.protocol.request import TokenLogprobs, TokenRow
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.membership import Membership, MembershipChange
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
-from understudy.runtime.scheduling.decision import Runner
+from understudy.runtime.scheduling.decision import OutOfMemory, Runner, StepPlan
 from understudy.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from understudy.runtime.scheduling.sequence import Sequence
+
+ABANDONED_AFTER_S: Final = 60.0
+"""Without a supervisor for so long, the engine drops what it holds: nobody will ask for it."""
+ENDED_KEPT_MAX: Final = 1024
+"""Ends that were made without a session, kept for the next one."""
+INVENTORY_TOKENS: Final = 64 * 1024
+"""Tokens in one message of an inventory, unless a single request has more."""
+
+
+class StepCard(Protocol):
+    """Where the engine notes which requests the present step runs, for whoever finds it dead."""
+
+    def enter(self, request_ids: list[int]) -> None:
+        """A step with these requests begins."""
+        ...
+
+    def leave(self) -> None:
+        """The step has ended well."""
+        ...
+
+
+class _Output:
+    """What this engine added to one request, in the form in which an inventory tells it."""
+
+    __slots__ = ("finish", "logprobs", "position", "sequence")
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.position = sequence.num_output_tokens
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish = 0
+
+    def row(self) -> TokenRow:
+        """All of it."""
+        sequence = self.sequence
+        return TokenRow(
+            sequence.request_id,
+            sequence.attempt,
+            self.position,
+            tuple(sequence.token_ids[sequence.num_prompt_tokens + self.position :]),
+            sequence.prefix_hash,
+            self.finish,
+            tuple(self.logprobs),
+        )
 
 
 class Engine:
@@ -30,32 +82,30 @@ class Engine:
 
     def __init__(
         self,
-        name: str,
+        hello: Hello,
         *,
-        pid: int,
-        model: str,
         scheduler_config: SchedulerConfig,
         num_blocks: int,
         runner: Runner,
+        card: StepCard,
         clock: Clock,
     ) -> None:
         self.outbox = Outbox()
-        self._config = scheduler_config
-        self._num_blocks = num_blocks
         self._runner = runner
+        self._card = card
         self._clock = clock
         self._step = 0
+        self._num_shed = 0
         self._phase = "idle"
         self._phase_since = clock.now()
-        capacity = Capacity(
-            max_num_seqs=scheduler_config.max_num_seqs,
-            max_model_len=scheduler_config.max_model_len,
-            num_blocks=num_blocks,
-            block_size=scheduler_config.block_size,
-        )
-        hello = Hello(Role.ENGINE, name, pid, model=model, capacity=capacity)
         self._membership = Membership(hello, self.outbox)
-        self._start_empty()
+        self._kv_cache_manager = KVCacheManager(
+            num_blocks=num_blocks, block_size=scheduler_config.block_size
+        )
+        self._scheduler = Scheduler(scheduler_config, self._kv_cache_manager)
+        self._outputs: dict[int, _Output] = {}
+        self._ended: OrderedDict[int, _Output] = OrderedDict()
+        self._alone_since: float | None = None
 
     @property
     def wake_at(self) -> float | None:
@@ -64,35 +114,28 @@ class Engine:
 
     def handle(self, message: Message, sender: str, now: float) -> None:  # noqa: ARG002
         """Take in a message from the supervisor, the only one who speaks to an engine."""
-        if self._membership.handle(message, now) is not None:
-            self._start_empty()
+        self._change(self._membership.handle(message, now), now)
         match message:
-            case Assign(request, attempt, output):
-                self._scheduler.add(Sequence(request, attempt=attempt, output=output))
+            case Assign():
+                self._assign(message)
             case Cancel(request_id):
                 self._scheduler.cancel(request_id)
+                self._outputs.pop(request_id, None)
             case _:
                 pass
 
     def lose(self, peer: str, now: float) -> None:  # noqa: ARG002
-        """Give everything up: the supervisor has not listened for too long."""
-        self._membership.leave(now)
-        self._start_empty()
+        """The supervisor has not listened for too long: ask for a new session."""
+        self._change(self._membership.leave(now), now)
 
     def decide(self, now: float) -> None:
         """Run one step, if there is work, and report it."""
-        if self._membership.decide(now) is MembershipChange.LOST:
-            self._start_empty()
+        self._change(self._membership.decide(now), now)
+        if self._alone_since is not None and now >= self._alone_since + ABANDONED_AFTER_S:
+            self._drop_all()
         plan = self._scheduler.schedule()
-        if plan is None:
-            return
-        self._enter("step")
-        sampled = self._runner.execute(plan)
-        rows = self._scheduler.update(plan, sampled)
-        self._step += 1
-        self._enter("idle")
-        if rows and self._membership.is_open:
-            self.outbox.send(SUPERVISOR, StepOutput(self._step, tuple(rows)))
+        if plan is not None:
+            self._report(self._run(plan))
 
     def heartbeat(self, now: float) -> Heartbeat:
         """What the engine is doing. Called from another thread, and changes nothing."""
@@ -103,23 +146,115 @@ class Engine:
             blocks_free=self._kv_cache_manager.num_free_blocks,
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
+            num_shed=self._num_shed,
         )
 
     def check_integrity(self) -> None:
-        """Assert that scheduler and KV cache agree with themselves and each other."""
+        """Assert that scheduler, KV cache and outputs agree with each other."""
         self._scheduler.check_integrity()
+        assert all(not output.finish for output in self._outputs.values())
 
-    def _start_empty(self) -> None:
-        """Forget every sequence: with a session, whatever belonged to it ends.
+    def _run(self, plan: StepPlan) -> list[TokenRow]:
+        """Carry out a step."""
+        self._enter("step")
+        self._card.enter([scheduled.sequence.request_id for scheduled in plan.scheduled])
+        try:
+            rows = self._scheduler.update(plan, self._runner.execute(plan))
+        except OutOfMemory:
+            self._scheduler.shed(plan)
+            self._num_shed += 1
+            rows = []
+        self._card.leave()
+        self._step += 1
+        self._enter("idle")
+        return rows
 
-        The supervisor gives out anew what it still wants; keys and values that lie in the blocks
-        are overwritten.
-        """
-        self._kv_cache_manager = KVCacheManager(
-            num_blocks=self._num_blocks, block_size=self._config.block_size
-        )
-        self._scheduler = Scheduler(self._config, self._kv_cache_manager)
+    def _report(self, rows: list[TokenRow]) -> None:
+        """Tell the supervisor what a step made, now or with the next inventory."""
+        rows = [row for row in rows if row.request_id in self._outputs]  # the others: cancelled
+        for row in rows:
+            output = self._outputs[row.request_id]
+            output.logprobs.extend(row.logprobs)
+            if row.finish:
+                del self._outputs[row.request_id]
+                output.finish = row.finish
+                if not self._membership.is_open:
+                    self._ended[row.request_id] = output
+        while len(self._ended) > ENDED_KEPT_MAX:
+            self._ended.popitem(last=False)
+        if rows and self._membership.is_open:
+            self.outbox.send(SUPERVISOR, StepOutput(self._step, tuple(rows)))
+
+    def _assign(self, assign: Assign) -> None:
+        sequence = Sequence(assign.request, attempt=assign.attempt, output=assign.output)
+        known = self._outputs.get(sequence.request_id)
+        if known is not None and known.sequence.attempt >= sequence.attempt:
+            return
+        self._outputs[sequence.request_id] = _Output(sequence)
+        if assign.is_suspect:
+            self._scheduler.add_suspect(sequence)
+        else:
+            self._scheduler.add(sequence)
+
+    def _change(self, change: MembershipChange | None, now: float) -> None:
+        match change:
+            case MembershipChange.JOINED:
+                self._alone_since = None
+                self._tell_inventory()
+            case MembershipChange.LOST:
+                self._alone_since = now
+            case None:
+                pass
+
+    def _tell_inventory(self) -> None:
+        """Say what is here, in messages of bounded size."""
+        rows: list[TokenRow] = []
+        size = 0
+        for output in (*self._ended.values(), *self._outputs.values()):
+            row = output.row()
+            if rows and size + len(row.tokens) > INVENTORY_TOKENS:
+                self.outbox.send(SUPERVISOR, Inventory(tuple(rows), is_last=False))
+                rows, size = [], 0
+            rows.append(row)
+            size += len(row.tokens)
+        self.outbox.send(SUPERVISOR, Inventory(tuple(rows), is_last=True))
+        self._ended.clear()
+
+    def _drop_all(self) -> None:
+        for request_id in list(self._outputs):
+            self._scheduler.cancel(request_id)
+        self._outputs.clear()
+        self._ended.clear()
+        self._alone_since = None
 
     def _enter(self, phase: str) -> None:
         self._phase = phase
         self._phase_since = self._clock.now()
+
+
+def engine_hello(
+    name: str,
+    *,
+    pid: int,
+    start_time: int,
+    model: str,
+    numerics: str,
+    scheduler_config: SchedulerConfig,
+    num_blocks: int,
+) -> Hello:
+    """How an engine introduces itself."""
+    capacity = Capacity(
+        max_num_seqs=scheduler_config.max_num_seqs,
+        max_model_len=scheduler_config.max_model_len,
+        num_blocks=num_blocks,
+        block_size=scheduler_config.block_size,
+    )
+    return Hello(
+        Role.ENGINE,
+        name,
+        pid,
+        model=model,
+        capacity=capacity,
+        start_time=start_time,
+        numerics=numerics,
+    )

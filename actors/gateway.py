@@ -2,21 +2,32 @@
 
 Between the HTTP server, which knows clients and text, and the supervisor, which knows neither.
 Sans-I/O like every actor; ``http_server`` puts a socket in front of it.
+
+When the supervisor is gone, the core keeps what it has open. With the next session it says which
+position each request waits for, and the streams go on from there. A row that covers what was
+delivered already is cut to what is new, so a position is delivered once, whatever is repeated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
-from understudy.protocol.errors import InternalError, RequestError, Unavailable, from_code
+from understudy.protocol.errors import AlreadySubmitted, RequestError, Unavailable, from_code
 from understudy.protocol.messages import (
     Accepted,
+    Attach,
     Cancel,
     ClusterState,
     Deliver,
+    Duplicate,
     Failed,
+    Found,
+    HeldRequest,
     Hello,
+    Lookup,
     Message,
+    Reclaim,
     Rejected,
     Role,
     Submit,
@@ -25,8 +36,10 @@ from understudy.protocol.request import Request, TokenRow
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 from understudy.runtime.kit.membership import Membership, MembershipChange
 
-ANSWER_WITHIN_S: Final = 10.0
-"""A request that the supervisor has neither taken nor refused by then fails."""
+ANSWER_WITHIN_S: Final = 30.0
+"""What the supervisor has not answered by then has failed, restarts of the supervisor included."""
+HOPE_S: Final = 10.0
+"""For so long after the last engine was lost, or after the start, one may be back in a moment."""
 
 NOBODY: Final = ClusterState(engines_serving=0, engines_known=0, max_model_len=0)
 
@@ -43,15 +56,55 @@ class Sink(Protocol):
         ...
 
 
-class _OpenRequest:
-    """A request that has not ended."""
+class _Listener:
+    """A sink, and the position that it must be told next."""
 
-    __slots__ = ("answer_by", "position", "sink")
+    __slots__ = ("position", "sink")
 
-    def __init__(self, sink: Sink, answer_by: float) -> None:
+    def __init__(self, sink: Sink, position: int) -> None:
         self.sink = sink
+        self.position = position
+
+    def deliver(self, row: TokenRow, engine: str) -> None:
+        """Tell what is new of a row."""
+        known = self.position - row.position
+        if known < 0 or known > len(row.tokens):
+            return  # this listener waits for an earlier row, which is on its way
+        if known:
+            row = row._replace(
+                position=self.position, tokens=row.tokens[known:], logprobs=row.logprobs[known:]
+            )
+        self.position += len(row.tokens)
+        if row.tokens or row.finish:
+            self.sink.deliver(row, engine)
+
+
+class _OpenRequest:
+    """A request that has not ended, and who listens to it."""
+
+    __slots__ = ("listeners", "position", "request")
+
+    def __init__(self, request: Request | None) -> None:
+        self.request = request
+        """What to submit again, until the supervisor has answered."""
+        self.listeners: list[_Listener] = []
         self.position = 0
-        self.answer_by: float | None = answer_by
+        """The end of the output that came so far."""
+
+    @property
+    def next_position(self) -> int:
+        """The first position that somebody still waits for."""
+        return min((listener.position for listener in self.listeners), default=self.position)
+
+
+class _Search:
+    """A question for the requests of a group, and who has asked it."""
+
+    __slots__ = ("answer_by", "found")
+
+    def __init__(self, answer_by: float) -> None:
+        self.answer_by = answer_by
+        self.found: list[Callable[[Found | None], None]] = []
 
 
 class Gateway:
@@ -60,11 +113,14 @@ class Gateway:
     def __init__(self, name: str, *, pid: int, model: str, address: str = "") -> None:
         self.outbox = Outbox()
         self.cluster = NOBODY
-        self._hello = Hello(Role.GATEWAY, name, pid, model=model, address=address)
-        self._membership = Membership(self._hello, self.outbox)
+        hello = Hello(Role.GATEWAY, name, pid, model=model, address=address)
+        self._membership = Membership(hello, self.outbox)
         self._open: dict[int, _OpenRequest] = {}
         # In order of submission, and so of their times: the first is the next to be due.
         self._unanswered: dict[int, float] = {}
+        self._seekers: dict[tuple[int, str], _Search] = {}
+        self._waiting: list[Callable[[bool], None]] = []
+        self._hope_until: float | None = None
 
     @property
     def is_connected(self) -> bool:
@@ -80,80 +136,183 @@ class Gateway:
     def wake_at(self) -> float | None:
         """The next sign of life, or the next answer that is overdue."""
         times = [self._membership.wake_at, *list(self._unanswered.values())[:1]]
+        times += [search.answer_by for search in list(self._seekers.values())[:1]]
+        if self._waiting and self._hope_until is not None:
+            times.append(self._hope_until)
         return min(times)
 
     def submit(self, request: Request, sink: Sink, now: float) -> None:
         """Hand in a request; ``sink`` hears all that comes of it."""
-        if not self._membership.is_open:
-            sink.fail(Unavailable("the supervisor cannot be reached", retry_after_s=1.0))
-            return
         assert request.request_id not in self._open
-        answer_by = now + ANSWER_WITHIN_S
-        self._open[request.request_id] = _OpenRequest(sink, answer_by)
-        self._unanswered[request.request_id] = answer_by
-        self.outbox.send(SUPERVISOR, Submit(request))
+        self._open[request.request_id] = opened = _OpenRequest(request)
+        opened.listeners.append(_Listener(sink, 0))
+        self._unanswered[request.request_id] = now + ANSWER_WITHIN_S
+        self._send(Submit(request))
 
-    def cancel(self, request_id: int) -> None:
-        """End a request from this side; its sink hears nothing more. May be repeated."""
-        if self._forget(request_id) is not None and self._membership.is_open:
-            self.outbox.send(SUPERVISOR, Cancel(request_id))
+    def attach(self, request_id: int, sink: Sink, position: int) -> None:
+        """Join a request that was submitted before, by this gateway or another."""
+        opened = self._open.setdefault(request_id, _OpenRequest(None))
+        opened.listeners.append(_Listener(sink, position))
+        self._send(Attach(request_id, position))
+
+    def look_up(
+        self, group_id: int, tenant: str, found: Callable[[Found | None], None], now: float
+    ) -> None:
+        """Ask which requests a group has; ``found`` is told once, ``None`` if nobody answers.
+
+        Without a session the question waits for the next one.
+        """
+        search = self._seekers.get((group_id, tenant))
+        if search is None:
+            search = self._seekers[group_id, tenant] = _Search(now + HOPE_S)
+            self._send(Lookup(group_id, tenant))
+        search.found.append(found)
+
+    def when_serving(self, tell: Callable[[bool], None], now: float) -> None:
+        """Have ``tell`` called with true once an engine serves, or with false if hope is gone.
+
+        There is hope for ``HOPE_S`` after a loss, not for as long as nothing serves.
+        """
+        if self._hope_until is None:
+            self._hope_until = now + HOPE_S
+        if self.cluster.engines_serving or now >= self._hope_until:
+            tell(bool(self.cluster.engines_serving))
+        else:
+            self._waiting.append(tell)
+
+    def is_answered(self, request_id: int) -> bool:
+        """Whether the supervisor has taken or refused a request that was submitted here."""
+        return request_id not in self._unanswered
+
+    def cancel(self, request_id: int, sink: Sink) -> None:
+        """Stop listening; with its last listener a request ends. May be repeated."""
+        if self._stop_listening(request_id, sink) and not self._open[request_id].listeners:
+            self._forget(request_id)
+            self._send(Cancel(request_id))
+
+    def leave(self, request_id: int, sink: Sink) -> None:
+        """Stop listening, and let the request go on: someone may come back for it."""
+        self._stop_listening(request_id, sink)
 
     def handle(self, message: Message, sender: str, now: float) -> None:  # noqa: ARG002
         """Take in a message from the supervisor."""
-        if self._membership.handle(message, now) is not None:
-            self._lose_all()
+        self._change(self._membership.handle(message, now))
         match message:
             case Deliver(rows, engine):
                 for row in rows:
                     self._deliver(row, engine)
             case Accepted(request_id):
                 self._unanswered.pop(request_id, None)
+                if request_id in self._open:
+                    self._open[request_id].request = None
             case Rejected(request_id, code, text, retry_after_s):
                 self._fail(request_id, from_code(code, text, retry_after_s=retry_after_s))
+            case Duplicate(request_id, original_group_id):
+                self._fail(request_id, AlreadySubmitted(original_group_id))
             case Failed(request_id, code, text):
                 self._fail(request_id, from_code(code, text))
+            case Found(group_id, tenant):
+                self._answer((group_id, tenant), message)
             case ClusterState():
-                self.cluster = message
+                self._change_cluster(message, now)
             case _:
                 pass
 
     def lose(self, peer: str, now: float) -> None:  # noqa: ARG002
-        """The supervisor has not listened for too long."""
-        self._membership.leave(now)
-        self._lose_all()
+        """The supervisor has not listened for too long: ask for a new session."""
+        self._change(self._membership.leave(now))
 
     def decide(self, now: float) -> None:
         """Keep the membership up, and fail what was never answered."""
-        if self._membership.decide(now) is MembershipChange.LOST:
-            self._lose_all()
+        self._change(self._membership.decide(now))
+        if self._hope_until is None:
+            self._hope_until = now + HOPE_S
+        elif now >= self._hope_until:
+            self._tell_waiting(is_serving=False)
+        while self._seekers:
+            sought, search = next(iter(self._seekers.items()))
+            if search.answer_by > now:
+                break
+            self._answer(sought, None)
         while self._unanswered:
             request_id, answer_by = next(iter(self._unanswered.items()))
             if answer_by > now:
                 break
-            self.outbox.send(SUPERVISOR, Cancel(request_id))
+            self._send(Cancel(request_id))
             self._fail(request_id, Unavailable("no answer from the supervisor", retry_after_s=1.0))
 
+    def _change(self, change: MembershipChange | None) -> None:
+        # When the session is lost, what was last said of the cluster stays: a call that comes now
+        # is submitted with the next session, which is most often a moment away.
+        if change is MembershipChange.JOINED:
+            self._take_up_again()
+
+    def _take_up_again(self) -> None:
+        """Say what is held, and submit again what was never answered."""
+        held = tuple(
+            HeldRequest(request_id, opened.next_position)
+            for request_id, opened in self._open.items()
+            if opened.request is None
+        )
+        self.outbox.send(SUPERVISOR, Reclaim(held))
+        for opened in self._open.values():
+            if opened.request is not None:
+                self.outbox.send(SUPERVISOR, Submit(opened.request))
+        for group_id, tenant in self._seekers:
+            self.outbox.send(SUPERVISOR, Lookup(group_id, tenant))
+
+    def _change_cluster(self, cluster: ClusterState, now: float) -> None:
+        if self.cluster.engines_serving and not cluster.engines_serving:
+            self._hope_until = now + HOPE_S
+        self.cluster = cluster
+        if cluster.engines_serving:
+            self._tell_waiting(is_serving=True)
+
+    def _tell_waiting(self, *, is_serving: bool) -> None:
+        waiting, self._waiting = self._waiting, []
+        for tell in waiting:
+            tell(is_serving)
+
+    def _answer(self, sought: tuple[int, str], answer: Found | None) -> None:
+        search = self._seekers.pop(sought, None)
+        for found in () if search is None else search.found:
+            found(answer)
+
+    def _send(self, message: Message) -> None:
+        """Send if there is a session. Else the next one begins with saying what is held."""
+        if self._membership.is_open:
+            self.outbox.send(SUPERVISOR, message)
+
     def _deliver(self, row: TokenRow, engine: str) -> None:
-        request = self._open.get(row.request_id)
-        if request is None:
+        opened = self._open.get(row.request_id)
+        if opened is None:
             return  # cancelled from this side while the row was on its way
-        assert row.position == request.position, "the session and the ledger keep the order"
-        request.position += len(row.tokens)
+        opened.position = max(opened.position, row.position + len(row.tokens))
+        listeners = opened.listeners
         if row.finish:
-            self._forget(row.request_id)
-        request.sink.deliver(row, engine)
+            # Who has joined a moment ago still lacks what came before, which is on its way.
+            opened.listeners = [one for one in listeners if one.position < row.position]
+            if not opened.listeners:
+                self._forget(row.request_id)
+        for listener in list(listeners):
+            listener.deliver(row, engine)
 
     def _fail(self, request_id: int, error: RequestError) -> None:
-        request = self._forget(request_id)
-        if request is not None:
-            request.sink.fail(error)
+        opened = self._forget(request_id)
+        if opened is not None:
+            for listener in list(opened.listeners):
+                listener.sink.fail(error)
+
+    def _stop_listening(self, request_id: int, sink: Sink) -> bool:
+        """Forget a sink; whether it was there."""
+        opened = self._open.get(request_id)
+        if opened is None:
+            return False
+        kept = [listener for listener in opened.listeners if listener.sink is not sink]
+        was_there = len(kept) < len(opened.listeners)
+        opened.listeners = kept
+        return was_there
 
     def _forget(self, request_id: int) -> _OpenRequest | None:
         self._unanswered.pop(request_id, None)
         return self._open.pop(request_id, None)
-
-    def _lose_all(self) -> None:
-        """The session is over, and with it what the supervisor knew of the open requests."""
-        self.cluster = NOBODY
-        for request_id in list(self._open):
-            self._fail(request_id, InternalError("the supervisor was lost during the request"))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from understudy.actors.gateway import Sink
-from understudy.protocol.errors import RequestError
-from understudy.protocol.messages import ClusterState
+from understudy.protocol.errors import NotFound, RequestError
+from understudy.protocol.messages import ClusterState, Found
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
 from understudy.protocol.openai.logprobs import TokenLogprob, spell_logprobs
-from understudy.protocol.openai.sampling import Generation
+from understudy.protocol.openai.presentation import Presentation
 from understudy.protocol.request import FinishReason, Request, TokenRow
 from understudy.runtime.detokenizer import Detokenizer
 from understudy.runtime.tokenizer import Tokenizer
@@ -38,49 +38,131 @@ class RequestPort(Protocol):
         """Hand in a request."""
         ...
 
-    def cancel(self, request_id: int) -> None:
-        """End a request; its sink hears nothing more."""
+    def attach(self, request_id: int, sink: Sink, position: int) -> None:
+        """Join a request that was submitted before, by this gateway or another."""
+        ...
+
+    def cancel(self, request_id: int, sink: Sink) -> None:
+        """Stop listening to a request; with its last listener it ends."""
+        ...
+
+    def leave(self, request_id: int, sink: Sink) -> None:
+        """Stop listening to a request, and let it go on."""
+        ...
+
+    def is_answered(self, request_id: int) -> bool:
+        """Whether a submitted request was taken or refused."""
+        ...
+
+    def look_up(
+        self, group_id: int, tenant: str, found: Callable[[Found | None], None], now: float
+    ) -> None:
+        """Ask which requests a group has."""
+        ...
+
+    def when_serving(self, tell: Callable[[bool], None], now: float) -> None:
+        """Have ``tell`` called once an engine serves, or with false if there is no hope of it."""
         ...
 
 
+class _Open(NamedTuple):
+    """A request that has not ended, as its call sees it."""
+
+    output: ChoiceOutput
+    sink: Sink
+
+
 class OpenRequests:
-    """The requests of one HTTP call that have not ended, so that none outlives the call."""
+    """The requests of one HTTP call that have not ended, so that none outlives it unasked."""
 
     def __init__(self, port: RequestPort, wake: Callable[[], None]) -> None:
         self._port = port
         self._wake = wake
-        self._sinks: dict[int, Sink] = {}
+        self._open: dict[int, _Open] = {}
 
-    def submit(self, request: Request, sink: Sink, now: float) -> None:
+    @property
+    def are_answered(self) -> bool:
+        """Whether none of them can be refused any more."""
+        return all(map(self._port.is_answered, self._open))
+
+    def submit(self, output: ChoiceOutput, sink: Sink, now: float) -> None:
         """Hand in a request. One without room for a token, an echo of its prompt, ends at once."""
+        request = output.request
         if request.params.max_tokens == 0:
             sink.deliver(TokenRow(request.request_id, 0, 0, (), 0, FinishReason.LENGTH), "")
             return
-        self._sinks[request.request_id] = sink
+        self._open[request.request_id] = _Open(output, sink)
         self._port.submit(request, sink, now)
+        self._wake()
+
+    def join(self, output: ChoiceOutput, sink: Sink) -> None:
+        """Join a request that was submitted before; all of its output comes again."""
+        request_id = output.request.request_id
+        self._open[request_id] = _Open(output, sink)
+        self._port.attach(request_id, sink, 0)
         self._wake()
 
     def close(self, request_id: int, *, has_ended: bool) -> None:
         """A choice is complete. Unless its request has ended by itself, it is cancelled."""
-        if self._sinks.pop(request_id, None) is not None and not has_ended:
-            self._port.cancel(request_id)
+        closed = self._open.pop(request_id, None)
+        if closed is not None and not has_ended:
+            self._port.cancel(request_id, closed.sink)
             self._wake()
 
     def cancel_all(self) -> None:
         """End what has not ended."""
-        for request_id in list(self._sinks):
+        for request_id in list(self._open):
             self.close(request_id, has_ended=False)
 
-    def fail_all(self, error: RequestError) -> None:
-        """End what has not ended, and tell the client why."""
-        sinks = list(self._sinks.values())
-        self.cancel_all()
+    def leave_all(self) -> None:
+        """Let what has not ended go on without the client, who may come back for it."""
+        left, self._open = self._open, {}
+        for request_id, (output, sink) in left.items():
+            if output.has_stop_strings:
+                unattended = _Unattended(output, self._port, self._wake)
+                self._port.attach(request_id, unattended, output.num_tokens)
+            self._port.leave(request_id, sink)
+            self._wake()
+
+    def fail_all(self, error: RequestError, *, go_on: bool) -> None:
+        """Tell the client that this is the end here, and end the requests or let them go on."""
+        sinks = [sink for _, sink in self._open.values()]
+        if go_on:
+            self.leave_all()
+        else:
+            self.cancel_all()
         for sink in sinks:
             sink.fail(error)
 
 
+class _Unattended:
+    """The sink of a choice whose client is gone: a stop string still has to end the request."""
+
+    def __init__(self, output: ChoiceOutput, port: RequestPort, wake: Callable[[], None]) -> None:
+        self._output = output
+        self._port = port
+        self._wake = wake
+
+    def deliver(self, row: TokenRow, engine: str) -> None:  # noqa: ARG002
+        """See ``Sink``."""
+        self._output.advance(row)
+        self._output.take_logprobs()
+        if self._output.is_over and not row.finish:
+            self._port.cancel(row.request_id, self)
+            self._wake()
+
+    def fail(self, error: RequestError) -> None:
+        """See ``Sink``."""
+
+
 class ChoiceOutput:
     """What one choice has come to.
+
+    Args:
+        request: The choice's request.
+        presentation: How it is answered.
+        tokenizer: The model's.
+        delivered: How many tokens the client knows already, from an earlier stream.
 
     Attributes:
         request: The choice's request.
@@ -89,13 +171,16 @@ class ChoiceOutput:
         finish_reason: OpenAI's word for the end, once it is reached.
         error: What it is told as, if the end is none that OpenAI has a word for.
         logprobs: Of tokens not yet told to the client; ``None`` if it did not ask.
+        has_stop_strings: Whether the text may end before the request does.
     """
 
     __slots__ = (
+        "_delivered",
         "_detokenizer",
         "_tokenizer",
         "error",
         "finish_reason",
+        "has_stop_strings",
         "index",
         "logprobs",
         "num_tokens",
@@ -103,20 +188,27 @@ class ChoiceOutput:
     )
 
     def __init__(
-        self, request: Request, index: int, generation: Generation, tokenizer: Tokenizer
+        self,
+        request: Request,
+        presentation: Presentation,
+        tokenizer: Tokenizer,
+        *,
+        delivered: int = 0,
     ) -> None:
         self.request = request
-        self.index = index
+        self.index = presentation.index
+        self.has_stop_strings = bool(presentation.stop)
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self.error: RequestError | None = None
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
+        self._delivered = delivered
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(
             tokenizer,
             prompt=request.prompt,
-            stop=generation.stop,
-            include_stop=generation.include_stop,
+            stop=presentation.stop,
+            include_stop=presentation.include_stop,
             min_tokens=request.params.min_tokens,
         )
 
@@ -124,6 +216,44 @@ class ChoiceOutput:
     def is_over(self) -> bool:
         """Whether nothing more may come."""
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the client knows what comes next."""
+        return self.num_tokens < self._delivered
+
+    def replay(self, row: TokenRow) -> TokenRow:
+        """Take in what the client knows of a row already; give the rest, perhaps nothing.
+
+        It may be over then: the client has had the end, or there is no such position.
+        """
+        missing = self._delivered - self.num_tokens
+        known = row._replace(tokens=row.tokens[:missing], logprobs=row.logprobs[:missing])
+        rest = row._replace(
+            position=row.position + len(known.tokens),
+            tokens=row.tokens[missing:],
+            logprobs=row.logprobs[missing:],
+        )
+        if not self._was_end(rest):
+            known = known._replace(finish=0)
+        self.advance(known)
+        self.take_logprobs()
+        has_ended = self.is_over or (row.finish and not rest.tokens)
+        if has_ended and self.is_replaying:
+            self.finish_reason = None
+            self.error = NotFound("the stream has no such position")
+        return rest
+
+    def _was_end(self, rest: TokenRow) -> bool:
+        """Whether a client that knows all but ``rest`` of the output has been told of its end.
+
+        The end comes with the last token, unless no engine had room for one more.
+        """
+        has_room = self._delivered < self.request.params.max_tokens
+        return not rest.tokens and (
+            rest.finish == FinishReason.STOP
+            or (rest.finish == FinishReason.LENGTH and not has_room)
+        )
 
     def advance(self, row: TokenRow) -> str:
         """Take in a row; give the text that it adds."""
@@ -232,6 +362,7 @@ class CollectedAnswer:
             return
         if output.error is not None:
             self._over.set_exception(output.error)
+            self._requests.cancel_all()
         elif self._num_open == 0:
             self._over.set_result(None)
 

@@ -5,6 +5,7 @@ Every answer that is not a success is an error object in OpenAI's form, those of
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import math
@@ -20,10 +21,11 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
+from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
-from understudy.actors.http_generation import GenerationEndpoints, HttpLimits, json_response
+from understudy.actors.http_generation import GenerationEndpoints
+from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.protocol.errors import (
-    ConfigurationError,
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
@@ -35,14 +37,14 @@ from understudy.protocol.errors import (
 )
 from understudy.protocol.openai.models import model_list, model_object
 from understudy.runtime.kit.clock import Clock
+from understudy.runtime.kit.listening import BACKLOG
 from understudy.runtime.log import get_logger
 from understudy.runtime.served_model import ServedModel
 
-BACKLOG: Final = 1024
-SEND_BUFFER_BYTES: Final = 64 << 10
-"""The kernel's share of what a client may leave unread; Linux doubles it."""
 WRITE_LAST_S: Final = 1.0
 """For what the last calls have still to write when the server stops."""
+LEAVE_S: Final = 0.5
+"""For calls that were on their way when the server was told to stop."""
 RETRY_AFTER_S: Final = 1.0
 RETRY_AFTER_MAX_S: Final = 120.0
 """Above it the OpenAI clients do not wait."""
@@ -50,37 +52,9 @@ RETRY_JITTER: Final = 0.2
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
 
+_IS_LEAVING: Final = web.AppKey("is_leaving", asyncio.Event)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
 _REQUEST_ID_FORM: Final = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; ``port`` 0 is any free one.
-
-    Connections inherit the small send buffer, so that clients who do not read cost little.
-
-    Raises:
-        ConfigurationError: the address is none, or is in use.
-    """
-    if not 0 <= port < 1 << 16:
-        raise ConfigurationError(f"cannot listen on {host}:{port}: ports end at 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-            listener.bind(address)
-            listener.listen(BACKLOG)
-            listener.setblocking(False)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ConfigurationError(f"cannot listen on {host}:{port}: {error}") from error
-    return listener
 
 
 async def serve_http(
@@ -94,13 +68,13 @@ async def serve_http(
     chance: random.Random | None = None,
     wall_clock: Callable[[], float] = time.time,
 ) -> web.AppRunner:
-    """Serve on a listening socket until the returned runner's ``cleanup``.
+    """Serve on a listening socket until ``stop_http`` is called with the returned runner.
 
     Args:
         port: The gateway's core.
         wake: Has the core's messages sent soon; called after each submission or cancellation.
         served: The model.
-        listener: Where clients connect; closed by ``cleanup``.
+        listener: Where clients connect; closed in the end.
         clock: Time for the core.
         limits: What one client may take.
         chance: Where ids, seeds and jitter come from; the system's if ``None``.
@@ -108,22 +82,27 @@ async def serve_http(
     """
     limits = limits or HttpLimits()
     chance = chance or secrets.SystemRandom()
+    answers = Answers(port, wake, served, limits=limits, clock=clock)
+    streams = StreamEndpoints(port, wake, served, answers, clock=clock)
     generation = GenerationEndpoints(
-        port,
-        wake,
         served,
+        answers,
+        streams,
+        context=lambda: port.cluster.max_model_len,
         limits=limits,
-        clock=clock,
         wall_clock=wall_clock,
         draw=chance.getrandbits,
     )
     app = web.Application(
         client_max_size=limits.body_bytes_max, middlewares=[_error_middleware(chance)]
     )
+    app[_IS_LEAVING] = asyncio.Event()
     app.on_response_prepare.append(_add_request_id)
+    app.on_response_prepare.append(_say_farewell)
     status = _StatusEndpoints(port, served)
     app.router.add_post("/v1/chat/completions", generation.chat_completions)
     app.router.add_post("/v1/completions", generation.completions)
+    app.router.add_get("/v1/streams/{id}", streams.stream, allow_head=False)
     app.router.add_get("/v1/models", status.models)
     app.router.add_get("/v1/models/{model:.+}", status.model)
     app.router.add_get("/health", status.ready)
@@ -132,7 +111,8 @@ async def serve_http(
     app.router.add_get("/version", status.version)
 
     async def stop(_: web.Application) -> None:
-        await generation.stop()
+        await answers.stop()
+        generation.close()
 
     app.on_shutdown.append(stop)
     runner = web.AppRunner(
@@ -146,6 +126,22 @@ async def serve_http(
     await runner.setup()
     await web.SockSite(runner, listener, backlog=BACKLOG).start()
     return runner
+
+
+async def stop_http(runner: web.AppRunner) -> None:
+    """Stop serving, and cut no call off.
+
+    Others may go on to listen on the same socket, so no connection is taken any more at once.
+    Those that are open have a moment in which calls that are on their way arrive, and learn with
+    their next answer that it is the last (RFC 9112, section 9.6). Then streams may end.
+    """
+    for site in list(runner.sites):
+        await site.stop()
+    assert runner.app is not None
+    runner.app[_IS_LEAVING].set()
+    if runner.server is not None and runner.server.connections:
+        await asyncio.sleep(LEAVE_S)
+    await runner.cleanup()
 
 
 def _aiohttp_logger() -> logging.Logger:
@@ -284,3 +280,9 @@ def _request_id(http_request: web.Request, chance: random.Random) -> str:
 
 async def _add_request_id(http_request: web.Request, response: web.StreamResponse) -> None:
     response.headers[REQUEST_ID_HEADER] = http_request.get(_REQUEST_ID, "")
+
+
+async def _say_farewell(http_request: web.Request, response: web.StreamResponse) -> None:
+    if http_request.app[_IS_LEAVING].is_set():
+        response.force_close()
+        response.headers[hdrs.CONNECTION] = "close"

@@ -72,13 +72,13 @@ class _StreamedChoice:
         reports_usage: bool,
     ) -> None:
         self._output = output
-        self._held = text
+        self._held = "" if output.is_replaying else text
         self._engine = ""
         self._comment = b""
         self._encoder = encoder
         self._stream = stream
         self._reports_usage = reports_usage
-        self._is_started = False
+        self._is_started = output.is_replaying
         self._is_complete = False
         # Whether the next chunk is nothing but text, as long as it is not the last.
         self._is_plain = False
@@ -87,6 +87,13 @@ class _StreamedChoice:
         """See ``Sink``."""
         output = self._output
         stream = self._stream
+        if output.is_replaying:
+            row = output.replay(row)
+            if output.is_over:
+                self._is_complete = True  # the client had its end, too
+                stream.choice_over(output, has_ended=bool(row.finish))
+            if output.is_over or not (row.tokens or row.finish):
+                return
         text = output.advance(row)
         if engine != self._engine:
             self._change_engine(engine)
@@ -191,10 +198,14 @@ class EventStream:
     async def run(self, last_event: Callable[[], bytes]) -> web.StreamResponse:
         """Stream until all choices are over, and then what ``last_event`` gives.
 
+        Nothing is sent until the requests are taken: a refusal can still be the status.
+
         Raises:
-            RequestError: before the first event, so that it can still be the status.
+            RequestError: before the first event.
         """
         is_early = await self._wait_for_news()
+        while not is_early and not self._requests.are_answered:
+            is_early = await self._wait_for_news()
         if self._error is not None:
             raise self._error
         await self._open()
@@ -230,8 +241,9 @@ class EventStream:
         """A choice has reached its end, or met a stop string before its request did."""
         self._requests.close(output.request.request_id, has_ended=has_ended)
         self._num_open -= 1
-        if self._error is None:
+        if self._error is None and output.error is not None:
             self._error = output.error
+            self._requests.cancel_all()
         if self._num_open == 0 or self._error is not None:
             self.is_flowing = False
             self.wake()

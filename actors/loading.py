@@ -24,6 +24,8 @@ class Loaded(NamedTuple):
     runner: Runner
     max_model_len: int
     num_blocks: int
+    numerics: str
+    """The class of the numerics: runners of one class make the same bits."""
 
 
 def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
@@ -56,7 +58,7 @@ def _load_echo(
     )
     # The echo keeps no keys and values, so its pool is as large as its batch can ever use.
     blocks_each = -(-max_model_len // config.block_size)
-    return Loaded(runner, max_model_len, config.max_num_seqs * blocks_each)
+    return Loaded(runner, max_model_len, config.max_num_seqs * blocks_each, "echo")
 
 
 def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
@@ -98,6 +100,9 @@ def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
             raise ConfigurationError(size.warning)
         max_model_len = size.num_blocks * config.block_size
         get_logger().warning(size.warning, max_model_len=max_model_len)
+    numerics = "-".join(
+        (config.numerics, device, str(dtype).removeprefix("torch."), str(torch.get_num_threads()))
+    )
     get_logger().info(
         "model is loaded",
         model=config.model.name,
@@ -108,7 +113,7 @@ def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
         kv_cache=size.reason,
     )
     runner = ModelRunner(model, num_blocks=size.num_blocks, block_size=config.block_size)
-    return Loaded(runner, max_model_len, size.num_blocks)
+    return Loaded(runner, max_model_len, size.num_blocks, numerics)
 
 
 def _device(config: EngineConfig, *, has_cuda: bool) -> str:

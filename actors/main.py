@@ -12,15 +12,15 @@ import signal
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import uvloop
 import zmq
 
-from understudy.actors.engine import Engine
-from understudy.actors.gateway import Gateway
+from understudy.actors.engine import Engine, engine_hello
+from understudy.actors.gateway import NOBODY, Gateway
 from understudy.actors.loading import load_runner
-from understudy.actors.supervisor import Supervisor
+from understudy.actors.supervisor import Supervisor, restored_entries
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.messages import Dying
 from understudy.runtime.config import EngineConfig, GatewayConfig, SupervisorConfig
@@ -28,15 +28,26 @@ from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.kit.actor import SUPERVISOR, Send
 from understudy.runtime.kit.clock import MonotonicClock
 from understudy.runtime.kit.driver import Driver
+from understudy.runtime.kit.listening import address_of, open_listener
 from understudy.runtime.kit.loop import ActorLoop, StepLoop, send_all
 from understudy.runtime.kit.mailbox import Mailbox
+from understudy.runtime.kit.probe import ProcProbe
 from understudy.runtime.kit.session import SessionTable
+from understudy.runtime.kit.stage import FileStepCard, NodeStage, card_path
 from understudy.runtime.log import get_logger
 from understudy.runtime.scheduling.scheduler import SchedulerConfig
 from understudy.runtime.settings import SUPERVISOR_SOCKET
+from understudy.runtime.storage.disk import OsDisk
+from understudy.runtime.storage.journal import Journal, JournalOptions
+from understudy.runtime.storage.records import Epoch
+from understudy.runtime.storage.segment_writer import SyncPolicy
 
 T = TypeVar("T")
 
+TOLD_WITHIN_S: Final = 2.0
+"""A gateway that has heard of no engine by then says so itself to whoever calls."""
+
+_LOOK_EVERY_S: Final = 0.01
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -49,13 +60,18 @@ def run_supervisor(config: SupervisorConfig) -> int:
     return _run(_serve_supervisor(config))
 
 
-def run_gateway(config: GatewayConfig) -> int:
+def run_gateway(config: GatewayConfig, *, listen_fd: int | None = None) -> int:
     """Run a gateway until it is told to stop and its streams have ended.
+
+    Args:
+        config: What it must know. Host and port do not matter if a socket is passed to it, by
+            ``listen_fd`` or by systemd.
+        listen_fd: A listening socket that this process has inherited.
 
     Raises:
         ConfigurationError: its model directory or its address cannot be used.
     """
-    return _run(_serve_gateway(config))
+    return _run(_serve_gateway(config, listen_fd))
 
 
 def run_engine(config: EngineConfig) -> int:
@@ -65,18 +81,25 @@ def run_engine(config: EngineConfig) -> int:
         ConfigurationError: its model cannot be loaded.
     """
     clock = MonotonicClock()
-    engine = _make_engine(config, clock)
     identity = _identity(config.name)
+    engine = _make_engine(config, identity, clock)
     mailbox = Mailbox.connect(zmq.Context.instance(), _address(config.run_dir), identity)
     driver = Driver(engine, SessionTable(identity), clock)
     loop = StepLoop(driver, mailbox, engine)
     for number in _STOP_SIGNALS:
         signal.signal(number, lambda *_: loop.stop())
     get_logger().info("engine is up", name=config.name, pid=os.getpid())
-    loop.run()
-    will = [Send(SUPERVISOR, Dying("told to stop"))]
-    send_all(mailbox, driver.sessions.outgoing(list(will), clock.now()))
-    mailbox.close()
+    reason = "told to stop"
+    try:
+        loop.run()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        # The last will: whoever reads it need not wait for the silence.
+        will = driver.sessions.outgoing([Send(SUPERVISOR, Dying(reason))], clock.now())
+        send_all(mailbox, will)
+        mailbox.close()
     return 0
 
 
@@ -87,14 +110,26 @@ def incarnation() -> int:
 
 async def _serve_supervisor(config: SupervisorConfig) -> int:
     clock = MonotonicClock()
+    config.journal_dir.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    options = JournalOptions(policy=SyncPolicy(config.journal_sync))
+    journal, recovery = Journal.open(OsDisk(config.journal_dir), options, clock.now())
+    for damage in recovery.damage:
+        get_logger().error("the journal is damaged", what=str(damage))
+    # Epochs grow from one supervisor to the next, and from one start of the machine to the next:
+    # there is room for a million of them in each millisecond between two starts.
+    first_epoch = max(incarnation() << 20, recovery.epoch + 1)
+    journal.append([Epoch(first_epoch + (1 << 20))])
+    probe = ProcProbe()
     supervisor = Supervisor(
         model=config.served_model_name,
-        # Epochs grow from one supervisor to the next: there is room for a million of them in
-        # each millisecond between two starts.
-        first_epoch=incarnation() << 20,
+        first_epoch=first_epoch,
+        journal=journal,
+        probe=probe,
+        stage=NodeStage(config.run_dir, probe),
         limits=AdmissionLimits(requests_max=config.queue_max),
         started_at=clock.now(),
     )
+    supervisor.restore(restored_entries(journal, recovery), clock.now())
     try:
         mailbox = Mailbox.bind(zmq.Context.instance(), _address(config.run_dir))
     except zmq.ZMQError as error:
@@ -104,13 +139,14 @@ async def _serve_supervisor(config: SupervisorConfig) -> int:
     get_logger().info("supervisor is up", run_dir=str(config.run_dir), pid=os.getpid())
     await _until_stopped(loop)
     loop.stop()
+    journal.close(clock.now())
     return 0
 
 
-async def _serve_gateway(config: GatewayConfig) -> int:
+async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     # The HTTP server is imported here, so that a supervisor or an engine does not pay for it.
-    from understudy.actors.http_generation import HttpLimits
-    from understudy.actors.http_server import listen, serve_http
+    from understudy.actors.http_answers import HttpLimits
+    from understudy.actors.http_server import serve_http, stop_http
     from understudy.runtime.served_model import ServedModel
 
     served = ServedModel.from_directory(
@@ -118,41 +154,58 @@ async def _serve_gateway(config: GatewayConfig) -> int:
         name=config.served_model_name,
         max_model_len=config.max_model_len,
     )
-    listener = listen(config.host, config.port)
-    host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    listener = open_listener(config.host, config.port, listen_fd)
+    address = address_of(listener)
     clock = MonotonicClock()
     gateway = Gateway(config.name, pid=os.getpid(), model=config.served_model_name, address=address)
     identity = _identity(config.name)
     mailbox = Mailbox.connect(zmq.Context.instance(), _address(config.run_dir), identity)
     loop = ActorLoop(Driver(gateway, SessionTable(identity), clock), mailbox)
+    stopped = asyncio.ensure_future(_until_stopped(loop))  # it may be told to while it starts
+    await _until_told(gateway, clock)
     limits = HttpLimits(shutdown_timeout_s=config.shutdown_timeout_s)
     runner = await serve_http(
         gateway, loop.wake, served, listener=listener, clock=clock, limits=limits
     )
     get_logger().info("gateway is up", address=address, pid=os.getpid())
-    await _until_stopped(loop)
-    await runner.cleanup()
+    await stopped
+    await stop_http(runner)
     loop.stop()
     return 0
 
 
-def _make_engine(config: EngineConfig, clock: MonotonicClock) -> Engine:
+def _make_engine(config: EngineConfig, identity: str, clock: MonotonicClock) -> Engine:
     loaded = load_runner(config, clock)
-    return Engine(
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=loaded.max_model_len,
+        block_size=config.block_size,
+    )
+    hello = engine_hello(
         config.name,
         pid=os.getpid(),
+        start_time=ProcProbe().start_time(os.getpid()),
         model=config.served_model_name,
-        scheduler_config=SchedulerConfig(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=loaded.max_model_len,
-            block_size=config.block_size,
-        ),
+        numerics=loaded.numerics,
+        scheduler_config=scheduler_config,
+        num_blocks=loaded.num_blocks,
+    )
+    return Engine(
+        hello,
+        scheduler_config=scheduler_config,
         num_blocks=loaded.num_blocks,
         runner=loaded.runner,
+        card=FileStepCard(card_path(config.run_dir, config.name), identity),
         clock=clock,
     )
+
+
+async def _until_told(gateway: Gateway, clock: MonotonicClock) -> None:
+    """Wait a little until a gateway knows who serves: until then clients wait in the queue."""
+    give_up_at = clock.now() + TOLD_WITHIN_S
+    while gateway.cluster is NOBODY and clock.now() < give_up_at:  # noqa: ASYNC110 - knows no loop
+        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 async def _until_stopped(loop: ActorLoop) -> None:

@@ -1,7 +1,8 @@
 """The fake beside the gateway's core: it answers requests as it is told, without a cluster.
 
 For tests and measurements of the HTTP side. Like the real core it brings each sink exactly one
-end, and nothing after a cancellation.
+end, and nothing after a cancellation; and it keeps what it has answered, so that streams can be
+joined.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from understudy.actors.gateway import Sink
-from understudy.protocol.errors import RequestError
-from understudy.protocol.messages import ClusterState
+from understudy.protocol.errors import AlreadySubmitted, IdempotencyMismatch, RequestError
+from understudy.protocol.messages import ClusterState, Found
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -25,13 +26,28 @@ SERVING: Final = ClusterState(engines_serving=1, engines_known=1, max_model_len=
 
 
 class _Scripted:
-    """An open request, and how far it was answered."""
+    """A request, how far it was answered, and who listens."""
 
-    def __init__(self, request: Request, sink: Sink) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.sink = sink
-        self.position = 0
+        self.sinks: list[Sink] = []
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.prefix_hash = 0
+        self.finish = 0
+
+    @property
+    def row(self) -> TokenRow:
+        """All of the output."""
+        return TokenRow(
+            request_id=self.request.request_id,
+            attempt=1,
+            position=0,
+            tokens=tuple(self.tokens),
+            prefix_hash=self.prefix_hash,
+            finish=self.finish,
+            logprobs=tuple(self.logprobs),
+        )
 
 
 class ScriptedGateway:
@@ -43,18 +59,26 @@ class ScriptedGateway:
 
     Attributes:
         cluster: As in ``Gateway``; to be set.
-        is_connected: As in ``Gateway``; to be set.
-        submitted: Every request so far.
+        is_connected: As in ``Gateway``; to be set. Without a connection nothing is answered.
+        is_hopeful: Whether there is hope for an engine while none serves; to be set.
+        submitted: Every request so far that was taken.
         cancelled: Request ids, in the order of their cancellation.
+        left: Request ids, in the order in which clients left them to themselves.
     """
 
     def __init__(self, script: Callable[[Request], Iterable[int]] | None = None) -> None:
         self.cluster = SERVING
         self.is_connected = True
+        self.is_hopeful = False
         self.submitted: list[Request] = []
         self.cancelled: list[int] = []
+        self.left: list[int] = []
         self._script = script
         self._open: dict[int, _Scripted] = {}
+        self._groups: dict[int, list[_Scripted]] = {}
+        self._keys: dict[bytes, Request] = {}
+        self._waiting: list[Callable[[bool], None]] = []
+        self._unanswered: list[_Scripted] = []
         self._changed = asyncio.Event()
 
     @property
@@ -62,28 +86,126 @@ class ScriptedGateway:
         """Requests that have not ended."""
         return len(self._open)
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls that wait for an engine."""
+        return len(self._waiting)
+
+    def is_open(self, request: Request) -> bool:
+        """Whether a request has not ended."""
+        return request.request_id in self._open
+
     def wake(self) -> None:
         """What the HTTP side calls after each submission or cancellation."""
 
     def submit(self, request: Request, sink: Sink, now: float) -> None:  # noqa: ARG002
         """See ``Gateway``."""
-        self.submitted.append(request)
-        self._open[request.request_id] = _Scripted(request, sink)
+        scripted = _Scripted(request)
+        scripted.sinks.append(sink)
+        self._open[request.request_id] = scripted
+        if self.is_connected:
+            self._take(scripted)
+        else:
+            self._unanswered.append(scripted)
         self._changed.set()
-        if self._script is not None:
-            self._play(request, iter(self._script(request)))
 
-    def cancel(self, request_id: int) -> None:
+    def connect(self) -> None:
+        """Have a session again, and hand in what was submitted meanwhile."""
+        self.is_connected = True
+        unanswered, self._unanswered = self._unanswered, []
+        for scripted in unanswered:
+            self._take(scripted)
+        self._changed.set()
+
+    def attach(self, request_id: int, sink: Sink, position: int) -> None:
+        """See ``Gateway``. All that was delivered before comes in the next turn of the loop."""
+        scripted = next(
+            scripted
+            for group in self._groups.values()
+            for scripted in group
+            if scripted.request.request_id == request_id
+        )
+
+        def catch_up() -> None:
+            row = scripted.row._replace(
+                position=position,
+                tokens=tuple(scripted.tokens[position:]),
+                logprobs=tuple(scripted.logprobs[position:]),
+            )
+            if not row.finish:
+                scripted.sinks.append(sink)
+            if row.tokens or row.finish:
+                sink.deliver(row, "")
+
+        asyncio.get_running_loop().call_soon(catch_up)
+
+    def cancel(self, request_id: int, sink: Sink) -> None:
         """See ``Gateway``."""
-        if self._open.pop(request_id, None) is not None:
+        scripted = self._open.get(request_id)
+        if scripted is None or sink not in scripted.sinks:
+            return
+        scripted.sinks.remove(sink)
+        if not scripted.sinks:
+            del self._open[request_id]
+            scripted.finish = FinishReason.CANCELLED
             self.cancelled.append(request_id)
             self._changed.set()
+
+    def leave(self, request_id: int, sink: Sink) -> None:
+        """See ``Gateway``."""
+        scripted = self._open.get(request_id)
+        if scripted is not None:
+            scripted.sinks.remove(sink)
+            self.left.append(request_id)
+            self._changed.set()
+
+    def is_answered(self, request_id: int) -> bool:
+        """See ``Gateway``."""
+        return all(scripted.request.request_id != request_id for scripted in self._unanswered)
+
+    def look_up(
+        self,
+        group_id: int,
+        tenant: str,
+        found: Callable[[Found | None], None],
+        now: float,  # noqa: ARG002
+    ) -> None:
+        """See ``Gateway``."""
+        group = [one for one in self._groups.get(group_id, []) if one.request.tenant == tenant]
+        requests = tuple(scripted.request for scripted in group)
+        lengths = tuple(len(scripted.tokens) for scripted in group)
+        found(Found(group_id, tenant, requests, lengths) if self.is_connected else None)
+
+    def when_serving(self, tell: Callable[[bool], None], now: float) -> None:  # noqa: ARG002
+        """See ``Gateway``."""
+        if self.cluster.engines_serving or not self.is_hopeful:
+            tell(bool(self.cluster.engines_serving))
+        else:
+            self._waiting.append(tell)
+            self._changed.set()
+
+    def settle(self, cluster: ClusterState) -> None:
+        """Tell those who wait for an engine how it ended."""
+        self.cluster = cluster
+        waiting, self._waiting = self._waiting, []
+        for tell in waiting:
+            tell(bool(cluster.engines_serving))
 
     async def wait_until(self, is_reached: Callable[[ScriptedGateway], bool]) -> None:
         """Wait until submissions and cancellations have brought about what is asked for."""
         while not is_reached(self):
             self._changed.clear()
             await self._changed.wait()
+
+    def keep(self, request: Request) -> None:
+        """Know a request as if another gateway had submitted it."""
+        scripted = _Scripted(request)
+        self._open[request.request_id] = scripted
+        self._groups.setdefault(request.group_id, []).append(scripted)
+
+    def forget(self) -> None:
+        """Forget all output, but not the idempotency keys."""
+        self._groups.clear()
 
     def deliver(
         self,
@@ -95,24 +217,53 @@ class ScriptedGateway:
     ) -> None:
         """Bring a request its next tokens, and its end if ``finish`` says so."""
         scripted = self._open[request.request_id]
+        position = len(scripted.tokens)
         scripted.prefix_hash = extend_prefix_hash(scripted.prefix_hash, tokens)
+        scripted.tokens += tokens
+        scripted.logprobs += logprobs
+        scripted.finish = finish
+        if finish:
+            del self._open[request.request_id]
         row = TokenRow(
             request_id=request.request_id,
             attempt=1,
-            position=scripted.position,
+            position=position,
             tokens=tokens,
             prefix_hash=scripted.prefix_hash,
             finish=finish,
             logprobs=logprobs,
         )
-        scripted.position += len(tokens)
-        if finish:
-            del self._open[request.request_id]
-        scripted.sink.deliver(row, engine)
+        for sink in list(scripted.sinks):
+            sink.deliver(row, engine)
 
     def fail(self, request: Request, error: RequestError) -> None:
         """End a request with an error."""
-        self._open.pop(request.request_id).sink.fail(error)
+        for sink in list(self._open.pop(request.request_id).sinks):
+            sink.fail(error)
+
+    def _take(self, scripted: _Scripted) -> None:
+        """Take a request in as a supervisor would, unless its idempotency key is known."""
+        request = scripted.request
+        original = self._keys.get(request.idempotency_key)
+        if original is not None and original.group_id != request.group_id:
+            error: RequestError = AlreadySubmitted(original.group_id)
+            if original.body_digest != request.body_digest:
+                error = IdempotencyMismatch("this idempotency key was used with another body")
+            self._unanswered.append(scripted)
+            asyncio.get_running_loop().call_soon(self._refuse, scripted, error)
+            return
+        if request.idempotency_key:
+            self._keys[request.idempotency_key] = request
+        self._groups.setdefault(request.group_id, []).append(scripted)
+        self.submitted.append(request)
+        if self._script is not None:
+            self._play(request, iter(self._script(request)))
+
+    def _refuse(self, scripted: _Scripted, error: RequestError) -> None:
+        self._unanswered.remove(scripted)
+        if self._open.pop(scripted.request.request_id, None) is not None:
+            for sink in list(scripted.sinks):
+                sink.fail(error)
 
     def _play(self, request: Request, tokens: Iterable[int]) -> None:
         loop = asyncio.get_running_loop()
@@ -124,10 +275,11 @@ class ScriptedGateway:
             if scripted is None:
                 return
             token = next(upcoming)
+            position = len(scripted.tokens)
             finish = 0
-            if scripted.position >= params.min_tokens and token in params.stop_token_ids:
+            if position >= params.min_tokens and token in params.stop_token_ids:
                 finish = FinishReason.STOP
-            elif scripted.position + 1 == params.max_tokens:
+            elif position + 1 == params.max_tokens:
                 finish = FinishReason.LENGTH
             self.deliver(request, token, finish=finish)
             if not finish:

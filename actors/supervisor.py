@@ -1,33 +1,38 @@
 """The supervisor: admits, queues, routes, watches, and carries on what an engine left behind.
 
 One for each cell. Every token passes it once, in one message for each engine step, and counts only
-if the ledger says so. The decisions are in ``runtime.control``; here they meet the messages.
+if the ledger says so. The decisions are in ``runtime.control``; here they meet the messages, the
+journal and the processes.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Final
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
 
-from understudy.protocol.errors import InternalError, Overloaded, Unavailable
+from understudy.protocol.errors import from_code
 from understudy.protocol.messages import (
-    Accepted,
     Assign,
+    Attach,
     Cancel,
     ClusterState,
-    Deliver,
+    DrainMode,
+    DrainReply,
+    DrainRequest,
     Dying,
     EngineStatus,
-    Failed,
     Fenced,
     GatewayStatus,
     Heartbeat,
     Hello,
+    Inventory,
+    Lookup,
     Message,
     ProcessExited,
     Pulse,
+    Reclaim,
     Refused,
-    Rejected,
     Role,
     StatusReply,
     StatusRequest,
@@ -35,34 +40,54 @@ from understudy.protocol.messages import (
     Submit,
     Welcome,
 )
-from understudy.protocol.request import Request, TokenRow
-from understudy.runtime.control import router
-from understudy.runtime.control.admission import Admission, AdmissionLimits, Refusal
-from understudy.runtime.control.ledger import Entry, Ledger, Verdict
-from understudy.runtime.control.registry import Member, MemberState, Registry
-from understudy.runtime.control.request_queue import RequestQueue
+from understudy.protocol.request import TokenRow
+from understudy.runtime.control.admission import AdmissionLimits
+from understudy.runtime.control.canary import CANARY_WITHIN_S, canary_request
+from understudy.runtime.control.company import Company
+from understudy.runtime.control.dispatcher import Dispatcher
+from understudy.runtime.control.health import ProcessProbe, Verdict
+from understudy.runtime.control.ledger import Entry
+from understudy.runtime.control.registry import Member, MemberState
 from understudy.runtime.kit.actor import Outbox
+from understudy.runtime.storage.image import HeldRequest
+from understudy.runtime.storage.journal import Journal
+from understudy.runtime.storage.records import Record
+from understudy.runtime.storage.recovery import Recovery
 
 PULSE_EVERY_S: Final = 0.25
-STALL_MAX_S: Final = 600.0
-"""A request that waits, or is with an engine, for so long without a token ends with an error."""
-DELIVER_ROWS_MAX: Final = 4096
-"""Rows in one message: even with all logprobs they take but a fraction of a frame."""
+HELD_UP_S: Final = 2 * PULSE_EVERY_S
+"""A supervisor whose turns are further apart was held up itself, and judges nobody."""
+RECOVERY_GRACE_S: Final = 2.0
+"""For so long a new supervisor waits for the engines that its journal names."""
 
 
-_OVERLOADED: Final = Overloaded.code or ""
-_UNAVAILABLE: Final = Unavailable.code or ""
-_INTERNAL: Final = InternalError.code or ""
+class RecordStore(Protocol):
+    """Where decisions are written down before they become known: the journal."""
+
+    def append(self, added: Sequence[Record]) -> None:
+        """Add records to the turn."""
+        ...
+
+    def commit(self, now: float) -> object:
+        """Write the turn, in one append."""
+        ...
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to commit even if nothing was appended."""
+        ...
 
 
-class Totals:
-    """Counts since the start."""
+class Stage(Protocol):
+    """What a supervisor may ask about, and do to, the processes of its machine."""
 
-    __slots__ = ("admitted", "broken", "finished", "rejected", "resumed", "stale", "tokens")
+    def fatal_step(self, name: str, identity: str) -> frozenset[int]:
+        """The requests of the step in which an engine ended, if it ended in one."""
+        ...
 
-    def __init__(self) -> None:
-        self.admitted = self.finished = self.rejected = self.resumed = 0
-        self.tokens = self.stale = self.broken = 0
+    def kill(self, pid: int, start_time: int) -> None:
+        """End a process at once, if it is still the one that was started then."""
+        ...
 
 
 class Supervisor:
@@ -73,342 +98,350 @@ class Supervisor:
         *,
         model: str,
         first_epoch: int,
+        journal: RecordStore,
+        probe: ProcessProbe,
+        stage: Stage,
         limits: AdmissionLimits | None = None,
         started_at: float = 0.0,
     ) -> None:
         self.outbox = Outbox()
-        self.totals = Totals()
         self._model = model
         self._started_at = started_at
-        self._registry = Registry(first_epoch)
-        self._ledger = Ledger()
-        self._queue = RequestQueue()
-        self._admission = Admission(limits or AdmissionLimits())
-        self._deliveries: defaultdict[tuple[str, str], list[TokenRow]] = defaultdict(list)
+        self._journal = journal
+        self._stage = stage
+        self._company = Company(first_epoch, probe)
+        self._dispatcher = Dispatcher(
+            self.outbox,
+            limits or AdmissionLimits(),
+            lambda: self._company.registry.serving(Role.ENGINE),
+        )
+        self._canaries: dict[int, Canary] = {}
+        self._canary_ids = itertools.count(1)
         self._has_news = False
-        self._chores_at = started_at
+        self._is_recovering = False
+        self._chores_at = self._wake_at = self._decided_at = started_at
 
     @property
     def wake_at(self) -> float | None:
-        """The next round of chores."""
-        return self._chores_at
+        """The next round of chores, or the next moment at which an engine may be found dead."""
+        return self._wake_at
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """The life of the requests; for tests and for reports."""
+        return self._dispatcher
+
+    def restore(self, entries: Iterable[Entry], now: float) -> None:
+        """Take over what an earlier supervisor wrote down."""
+        for entry in entries:
+            self._dispatcher.restore(entry, now)
+        self._is_recovering = True
 
     def handle(self, message: Message, sender: str, now: float) -> None:
         """Take in a message from anyone."""
-        member = self._registry.get(sender)
-        if member is not None and member.state is MemberState.SERVING:
+        member = self._company.registry.get(sender)
+        if member is not None and member.is_alive:
             member.heard_at = now
         match message:
-            case StepOutput(_, rows):
-                self._take_rows(rows, member, now)
-            case Heartbeat() if member is not None:
-                member.beat = message
-            case Submit(request):
-                self._admit(request, sender, now)
-            case Cancel(request_id):
-                self._cancel(request_id, sender)
-            case Refused(request_id, attempt, code, text):
-                self._refused(request_id, attempt, sender, code, text)
             case Hello():
                 self._greet(message, sender, now)
-            case Dying() if member is not None:
-                self._bury(member)
-            case ProcessExited(name, pid):
-                self._exited(name, pid, message.restarts)
+            case ProcessExited():
+                self._exited(message, now)
             case StatusRequest():
                 self.outbox.send(sender, self._status(now))
+            case DrainRequest(engine, mode):
+                self.outbox.send(sender, self._drain(engine, mode))
+            case _ if member is None or not member.is_alive:
+                pass  # a stranger, or one that was given up: its session is over
+            case _ if member.role is Role.ENGINE:
+                self._handle_engine(message, member, now)
+            case _:
+                self._handle_gateway(message, member, now)
+
+    def lose(self, peer: str, now: float) -> None:
+        """A member has not listened for too long: it counts as gone."""
+        member = self._company.registry.get(peer)
+        if member is not None and member.is_alive:
+            self._bury(member, now)
+
+    def decide(self, now: float) -> None:
+        """Judge, pass on, give out; write down what was decided before any of it leaves."""
+        if now < self._decided_at + HELD_UP_S:
+            for member, verdict in self._company.judge(now):
+                self._settle(member, verdict, now)
+        # else it was we who were held up, and what the others said meanwhile is still to be read.
+        self._decided_at = now
+        if now >= self._chores_at:
+            self._do_chores(now)
+        self._dispatcher.deliver()
+        self._dispatcher.assign_waiting(now)
+        self._announce()
+        self._journal.append(self._dispatcher.take_records())
+        self._journal.commit(now)
+        times = (self._chores_at, self._company.next_judgement(now), self._journal.wake_at)
+        self._wake_at = min(time for time in times if time is not None)
+
+    def check_integrity(self) -> None:
+        """Assert that everybody tells the same story."""
+        self._dispatcher.check_integrity()
+
+    def _handle_engine(self, message: Message, engine: Member, now: float) -> None:
+        match message:
+            case StepOutput(_, rows):
+                self._dispatcher.take_rows(self._without_canaries(rows, engine, now), engine, now)
+            case Heartbeat():
+                self._company.take_beat(engine, message)
+            case Inventory(rows, is_last):
+                held = tuple(row for row in rows if row.request_id not in self._canaries)
+                self._dispatcher.take_inventory(held, engine, now)
+                if is_last:
+                    self._dispatcher.end_inventory(engine)
+            case Refused(request_id, attempt, code, text):
+                error = from_code(code, text)
+                self._dispatcher.refused(request_id, attempt, engine.identity, error)
+            case Dying():
+                self._bury(engine, now)
             case _:
                 pass
 
-    def lose(self, peer: str, now: float) -> None:  # noqa: ARG002
-        """A member has not listened for too long: it counts as gone."""
-        member = self._registry.get(peer)
-        if member is not None:
-            self._bury(member)
-
-    def decide(self, now: float) -> None:
-        """Pass on what was accepted, give out what waits, and look after the company."""
-        self._deliver()
-        if now >= self._chores_at:
-            self._do_chores(now)
-        self._assign_waiting(now)
-        self._announce()
-
-    def check_integrity(self) -> None:
-        """Assert that queue, ledger and registry tell the same story."""
-        self._queue.check_integrity()
-        for entry in self._ledger.entries():
-            request_id = entry.request.request_id
-            assert (entry.engine is None) == (request_id in self._queue)
-            if entry.engine is not None:
-                member = self._registry.get(entry.engine)
-                assert member is not None
-                assert member.state is MemberState.SERVING
-                assert request_id in member.requests
-
-    # Requests
-
-    def _admit(self, request: Request, gateway: str, now: float) -> None:
-        member = self._registry.get(gateway)
-        if member is None or member.role is not Role.GATEWAY:
-            return
-        if member.state is MemberState.DEAD:
-            return  # buried earlier in this turn: nobody would hear of the request's end
-        if request.request_id in self._ledger:
-            text = "the request's id is taken"
-            self._reject(gateway, Rejected(request.request_id, _INTERNAL, text))
-            return
-        refusal = self._refusal(request, now)
-        if refusal is not None:
-            # What came before it in this turn may have an engine, and not really wait.
-            self._assign_waiting(now)
-            refusal = self._refusal(request, now)
-        if refusal is not None:
-            self._reject(gateway, Rejected(request.request_id, _OVERLOADED, *refusal))
-            return
-        self.totals.admitted += 1
-        entry = self._ledger.admit(request, gateway, now)
-        member.requests.add(request.request_id)
-        self._enqueue(entry)
-        self.outbox.send(gateway, Accepted(request.request_id))
-
-    def _refusal(self, request: Request, now: float) -> Refusal | None:
-        return self._admission.refusal(
-            num_tokens=len(request.prompt),
-            requests_waiting=len(self._queue),
-            tokens_waiting=self._queue.num_tokens,
-            now=now,
-        )
-
-    def _reject(self, gateway: str, answer: Rejected) -> None:
-        self.totals.rejected += 1
-        self.outbox.send(gateway, answer)
-
-    def _cancel(self, request_id: int, gateway: str) -> None:
-        entry = self._ledger.get(request_id)
-        if entry is None or entry.gateway != gateway:
-            return
-        if entry.engine is not None:
-            self.outbox.send(entry.engine, Cancel(request_id))
-        self._end(request_id)
-
-    def _refused(self, request_id: int, attempt: int, engine: str, code: str, text: str) -> None:
-        entry = self._ledger.get(request_id)
-        if entry is not None and (entry.engine, entry.attempt) == (engine, attempt):
-            self._fail(entry, code, text)
-
-    def _take_rows(self, rows: tuple[TokenRow, ...], member: Member | None, now: float) -> None:
-        if member is None:
-            return
-        for row in rows:
-            entry = self._ledger.get(row.request_id)
-            match self._ledger.accept(row, member.identity, member.epoch, now):
-                case Verdict.ACCEPTED:
-                    assert entry is not None
-                    self.totals.tokens += len(row.tokens)
-                    self._deliveries[entry.gateway, member.name].append(row)
-                    if row.finish:
-                        self._forget(entry)
-                        self._admission.finish_rate.record(now)
-                        self.totals.finished += 1
-                case Verdict.STALE:
-                    self.totals.stale += 1
-                case Verdict.BROKEN:
-                    assert entry is not None
-                    self.totals.broken += 1
-                    self.outbox.send(member.identity, Cancel(row.request_id))
-                    self._take_back(entry)
-
-    def _deliver(self) -> None:
-        for (gateway, engine), rows in self._deliveries.items():
-            for first in range(0, len(rows), DELIVER_ROWS_MAX):
-                some = tuple(rows[first : first + DELIVER_ROWS_MAX])
-                self.outbox.send(gateway, Deliver(some, engine))
-        self._deliveries.clear()
-
-    def _assign_waiting(self, now: float) -> None:
-        """Give waiting requests to engines for as long as any has credit."""
-        if not len(self._queue):
-            return
-        engines = {member.identity: member for member in self._registry.serving(Role.ENGINE)}
-        while len(self._queue):
-            chosen = router.choose(
-                router.Candidate(identity, len(member.requests), member.capacity.max_num_seqs)
-                for identity, member in engines.items()
-                if member.capacity is not None
-            )
-            if chosen is None:
-                return
-            request_id = self._queue.pop()
-            assert request_id is not None
-            member = engines[chosen.identity]
-            entry = self._ledger.assign(request_id, member.identity, member.epoch, now)
-            member.requests.add(request_id)
-            assign = Assign(entry.request, entry.attempt, tuple(entry.output))
-            self.outbox.send(member.identity, assign)
-
-    def _enqueue(self, entry: Entry) -> None:
-        self._queue.push(
-            entry.request.request_id,
-            num_tokens=len(entry.request.prompt) + len(entry.output),
-            priority=entry.request.priority,
-            is_resumed=entry.attempt > 0,
-        )
-
-    def _take_back(self, entry: Entry) -> None:
-        """Take a request from its engine and queue it, to go on where its output ends."""
-        request_id = entry.request.request_id
-        assert entry.engine is not None
-        member = self._registry.get(entry.engine)
-        if member is not None:
-            member.requests.discard(request_id)
-        self._ledger.release(request_id)
-        self.totals.resumed += 1
-        self._enqueue(entry)
-
-    def _fail(self, entry: Entry, code: str, text: str) -> None:
-        request_id = entry.request.request_id
-        if entry.engine is not None:
-            self.outbox.send(entry.engine, Cancel(request_id))
-        self._deliver()  # its last tokens may have come in this turn
-        self.outbox.send(entry.gateway, Failed(request_id, code, text))
-        self._end(request_id)
-
-    def _end(self, request_id: int) -> None:
-        """Forget a request that ends for another reason than its last token."""
-        entry = self._ledger.end(request_id)
-        assert entry is not None
-        self._queue.remove(request_id)
-        self._forget(entry)
-        self.totals.finished += 1
-
-    def _forget(self, entry: Entry) -> None:
-        for identity in (entry.gateway, entry.engine):
-            member = self._registry.get(identity) if identity is not None else None
-            if member is not None:
-                member.requests.discard(entry.request.request_id)
-
-    # The company
+    def _handle_gateway(self, message: Message, gateway: Member, now: float) -> None:
+        identity = gateway.identity
+        match message:
+            case Submit(request):
+                self._dispatcher.admit(request, identity, now)
+            case Cancel(request_id):
+                self._dispatcher.cancel(request_id, identity, now)
+            case Attach(request_id, position):
+                self._dispatcher.attach(request_id, position, identity)
+            case Reclaim(held):
+                self._dispatcher.reclaim(held, identity, now)
+            case Lookup(group_id, tenant):
+                self._dispatcher.look_up(group_id, tenant, identity)
+            case Dying():
+                self._bury(gateway, now)
+            case _:
+                pass
 
     def _greet(self, hello: Hello, identity: str, now: float) -> None:
-        greeting = self._registry.greet(hello, identity, now)
+        greeting = self._company.greet(hello, identity, now)
         if greeting is None:
             return
+        member = greeting.member
         if greeting.replaced is not None:
-            self._bury(greeting.replaced)
-        self.outbox.send(identity, Welcome(greeting.member.epoch))
+            self._bury(greeting.replaced, now)
+        for absent in self._dispatcher.engines_expected():
+            # A new incarnation is proof that the one before it is gone.
+            if absent != identity and absent.rpartition(".")[0] == hello.name:
+                self._dispatcher.engine_fell(absent, frozenset(), now)
+        self.outbox.send(identity, Welcome(member.epoch))
         if greeting.is_new_session:
-            self.outbox.open_session(identity, greeting.member.epoch)
+            self.outbox.open_session(identity, member.epoch)
             self._has_news = True
+            if member.state is MemberState.TESTING:
+                self._send_canary(member, now)
 
-    def _exited(self, name: str, pid: int, restarts: int) -> None:
-        member = self._registry.named(name)
-        if member is not None and member.pid == pid:
-            member.restarts = restarts
-            self._bury(member)
+    def _send_canary(self, engine: Member, now: float) -> None:
+        request = canary_request(next(self._canary_ids))
+        self._canaries[request.request_id] = Canary(engine, now + CANARY_WITHIN_S)
+        self.outbox.send(engine.identity, Assign(request, 1))
 
-    def _bury(self, member: Member) -> None:
+    def _without_canaries(
+        self, rows: tuple[TokenRow, ...], engine: Member, now: float
+    ) -> tuple[TokenRow, ...]:
+        """The rows of requests; those of canaries are taken in here."""
+        if not self._canaries:
+            return rows
+        others = tuple(row for row in rows if row.request_id not in self._canaries)
+        for row in rows:
+            canary = self._canaries.get(row.request_id)
+            if canary is None or canary.engine is not engine:
+                continue
+            canary.tokens.extend(row.tokens)
+            if row.finish:
+                del self._canaries[row.request_id]
+                self._has_news = True
+                if not self._company.take_canary(engine, tuple(canary.tokens)):
+                    self._settle(engine, Verdict.STUCK, now)
+        return others
+
+    def _exited(self, exited: ProcessExited, now: float) -> None:
+        registry = self._company.registry
+        member = registry.named(exited.name)
+        if member is not None and member.pid == exited.pid:
+            member.restarts = exited.restarts
+            member.silent_since = None
+            if member.is_alive:
+                self._bury(member, now)
+        if exited.is_broken and (member is None or not member.is_alive):
+            self._has_news = True
+            registry.break_down(exited.name, exited.pid, now).restarts = exited.restarts
+
+    def _drain(self, engine: str, mode: DrainMode) -> DrainReply:
+        """Let an engine rest: it gets nothing new, and keeps or hands over what it has."""
+        member = self._company.registry.named(engine)
+        if member is None or member.role is not Role.ENGINE or not member.is_alive:
+            return DrainReply(engine, is_known=False, outstanding=0)
+        if member.state is not MemberState.DRAINING:
+            member.state = MemberState.DRAINING
+            self._has_news = True
+        if mode is DrainMode.MIGRATE:
+            self._dispatcher.move_away(member.identity)
+        outstanding = self._dispatcher.outstanding(member.identity)
+        return DrainReply(engine, is_known=True, outstanding=outstanding)
+
+    def _settle(self, member: Member, verdict: Verdict, now: float) -> None:
+        """Do to a member's process what the verdict asks, and let others take its part."""
+        if verdict is Verdict.STUCK:
+            self._stage.kill(member.pid, member.start_time)
+        self._bury(member, now)
+
+    def _bury(self, member: Member, now: float) -> None:
         """A member is gone: fence it, and settle what it was doing."""
-        if member.state is MemberState.DEAD:
-            return
-        self._registry.bury(member)
+        self._company.registry.bury(member)
         self._has_news = True
         self.outbox.send(member.identity, Fenced(member.epoch))
         self.outbox.close_session(member.identity)
-        for request_id in sorted(member.requests):
-            entry = self._ledger.get(request_id)
-            assert entry is not None
-            if member.role is Role.ENGINE:
-                self._take_back(entry)
-            else:
-                self._cancel(request_id, member.identity)
-        member.requests.clear()
+        if member.role is Role.ENGINE:
+            suspects = self._stage.fatal_step(member.name, member.identity)
+            self._dispatcher.engine_fell(member.identity, suspects, now)
+            self._canaries = {
+                request_id: canary
+                for request_id, canary in self._canaries.items()
+                if canary.engine is not member
+            }
+        else:
+            self._dispatcher.gateway_left(member.identity, now)
 
     def _do_chores(self, now: float) -> None:
-        """What time alone brings about: silence, stalls, and our own sign of life."""
-        if now < self._chores_at + PULSE_EVERY_S:
-            for member in self._registry.silent(now):
-                self._bury(member)
-        # else it was we who were held up, and what the others said meanwhile is still to be read.
-        for entry in self._ledger.entries():
-            if now >= entry.progress_at + STALL_MAX_S:
-                self._fail_stalled(entry)
+        """What time alone brings about."""
+        for member in self._company.overdue_silent(now):
+            self._stage.kill(member.pid, member.start_time)
+        for canary in list(self._canaries.values()):
+            if now >= canary.due_at:
+                self._settle(canary.engine, Verdict.STUCK, now)
+        if self._is_recovering and now >= self._started_at + RECOVERY_GRACE_S:
+            self._is_recovering = False
+            self._has_news = True
+            for identity in self._dispatcher.engines_expected():
+                if self._company.registry.get(identity) is None:
+                    self._dispatcher.engine_fell(identity, frozenset(), now)
+        self._dispatcher.do_chores(now)
         for role in (Role.ENGINE, Role.GATEWAY):
-            for member in self._registry.serving(role):
+            for member in self._company.registry.alive(role):
                 self.outbox.send(member.identity, Pulse())
         self._chores_at = now + PULSE_EVERY_S
 
-    def _fail_stalled(self, entry: Entry) -> None:
-        if entry.engine is None:
-            text = f"no engine took the request within {STALL_MAX_S:.0f} s"
-            self._fail(entry, _UNAVAILABLE, text)
-        else:
-            text = f"the engine made no token within {STALL_MAX_S:.0f} s"
-            self._fail(entry, _INTERNAL, text)
-
     def _announce(self) -> None:
-        """Tell the gateways who serves, when that may have changed."""
-        if self._has_news:
+        """Tell the gateways who serves, when that may have changed.
+
+        A new supervisor waits until an engine has come back to it: until then it knows less than
+        they do.
+        """
+        if self._has_news and not (self._is_recovering and not self._serving_soon()):
             self._has_news = False
-            for member in self._registry.serving(Role.GATEWAY):
+            for member in self._company.registry.alive(Role.GATEWAY):
                 self.outbox.send(member.identity, self._cluster_state())
 
     def _cluster_state(self) -> ClusterState:
-        engines = self._registry.members(Role.ENGINE)
+        registry = self._company.registry
         lengths = [
             member.capacity.max_model_len
-            for member in engines
-            if member.state is MemberState.SERVING and member.capacity is not None
+            for member in self._serving_soon()
+            if member.capacity is not None
         ]
         return ClusterState(
             engines_serving=len(lengths),
-            engines_known=len(engines),
+            engines_known=len(registry.members(Role.ENGINE)),
             max_model_len=min(lengths, default=0),
         )
 
+    def _serving_soon(self) -> list[Member]:
+        """The engines that take work, and those that will when they have answered the canary."""
+        able = {MemberState.SERVING, MemberState.TESTING}
+        engines = self._company.registry.members(Role.ENGINE)
+        return [engine for engine in engines if engine.state in able]
+
     def _status(self, now: float) -> StatusReply:
+        registry, totals = self._company.registry, self._dispatcher.totals
         return StatusReply(
             model=self._model,
             uptime_s=now - self._started_at,
             engines=tuple(
-                _engine_status(member, now) for member in self._registry.members(Role.ENGINE)
+                self._engine_status(member, now) for member in registry.members(Role.ENGINE)
             ),
             gateways=tuple(
-                _gateway_status(member, now) for member in self._registry.serving(Role.GATEWAY)
+                self._gateway_status(member, now) for member in registry.alive(Role.GATEWAY)
             ),
-            queued=len(self._queue),
-            running=len(self._ledger) - len(self._queue),
-            admitted=self.totals.admitted,
-            finished=self.totals.finished,
-            rejected=self.totals.rejected,
-            resumed=self.totals.resumed,
-            tokens=self.totals.tokens,
+            queued=self._dispatcher.num_queued,
+            running=self._dispatcher.num_living - self._dispatcher.num_queued,
+            admitted=totals.admitted,
+            finished=totals.finished,
+            rejected=totals.rejected,
+            resumed=totals.resumed,
+            tokens=totals.tokens,
+        )
+
+    def _engine_status(self, member: Member, now: float) -> EngineStatus:
+        beat, capacity = member.beat, member.capacity
+        return EngineStatus(
+            name=member.name,
+            state=member.state.value,
+            pid=member.pid,
+            epoch=member.epoch,
+            restarts=member.restarts,
+            running=0 if beat is None else beat.running,
+            waiting=0 if beat is None else beat.waiting,
+            outstanding=self._dispatcher.outstanding(member.identity),
+            blocks_free=0 if beat is None else beat.blocks_free,
+            blocks_total=0 if capacity is None else capacity.num_blocks,
+            step=0 if beat is None else beat.step,
+            beat_age_s=now - member.heard_at,
+        )
+
+    def _gateway_status(self, member: Member, now: float) -> GatewayStatus:
+        return GatewayStatus(
+            name=member.name,
+            pid=member.pid,
+            address=member.address,
+            streams=self._dispatcher.streams(member.identity),
+            beat_age_s=now - member.heard_at,
         )
 
 
-def _engine_status(member: Member, now: float) -> EngineStatus:
-    beat, capacity = member.beat, member.capacity
-    return EngineStatus(
-        name=member.name,
-        state=member.state.value,
-        pid=member.pid,
-        epoch=member.epoch,
-        restarts=member.restarts,
-        running=0 if beat is None else beat.running,
-        waiting=0 if beat is None else beat.waiting,
-        outstanding=len(member.requests),
-        blocks_free=0 if beat is None else beat.blocks_free,
-        blocks_total=0 if capacity is None else capacity.num_blocks,
-        step=0 if beat is None else beat.step,
-        beat_age_s=now - member.heard_at,
+def restored_entries(journal: Journal, recovery: Recovery) -> list[Entry]:
+    """The requests of a journal, as the ledger knows them."""
+    ended = [journal.held(request_id) for request_id in recovery.ended]
+    affected = [journal.held(_request_id(held)) for held in recovery.affected]
+    return [_entry(held) for held in (*recovery.live, *ended, *affected) if held is not None]
+
+
+def _request_id(held: HeldRequest) -> int:
+    return held.admit.request.request_id
+
+
+def _entry(held: HeldRequest) -> Entry:
+    return Entry(
+        held.admit.request,
+        held.admit.admitted_at,
+        attempt=held.attempt,
+        engine=None if held.finish else held.engine,
+        epoch=held.epoch,
+        output=list(held.output),
+        logprobs=list(held.logprobs),
+        prefix_hash=held.prefix_hash,
+        finish=held.finish or 0,
+        error_code=held.code,
+        error_message=held.message,
+        ended_at=held.ended_at,
     )
 
 
-def _gateway_status(member: Member, now: float) -> GatewayStatus:
-    return GatewayStatus(
-        name=member.name,
-        pid=member.pid,
-        address=member.address,
-        streams=len(member.requests),
-        beat_age_s=now - member.heard_at,
-    )
+class Canary:
+    """A canary that an engine has not answered yet."""
+
+    __slots__ = ("due_at", "engine", "tokens")
+
+    def __init__(self, engine: Member, due_at: float) -> None:
+        self.engine = engine
+        self.due_at = due_at
+        self.tokens: list[int] = []

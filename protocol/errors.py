@@ -9,8 +9,11 @@ The tree::
     ├── NotFound           404   no such path or object
     ├── MethodNotAllowed   405
     ├── PayloadTooLarge    413
+    ├── IdempotencyMismatch 422  the same Idempotency-Key came with another body
     ├── Overloaded         503   the queue is full; retry after the time given
     ├── Unavailable        503   loading or draining
+    ├── AlreadySubmitted        never told: the call joins the one that came before it
+    ├── Quarantined        500   engines died of this request; a retry cannot help
     └── InternalError      500   our own fault
 
     ConfigurationError           the operator's input is wrong: exit status 78, all problems at once
@@ -92,6 +95,30 @@ class PayloadTooLarge(InvalidRequest):
     code = "payload_too_large"
 
 
+class IdempotencyMismatch(InvalidRequest):
+    """The same ``Idempotency-Key`` came with another body."""
+
+    status = 422
+    code = "idempotency_mismatch"
+
+
+class AlreadySubmitted(RequestError):
+    """The call came before, under this idempotency key. Never told to a client: it joins."""
+
+    status = 409
+    code = "already_submitted"
+
+    def __init__(self, original_group_id: int) -> None:
+        super().__init__("the call was submitted before")
+        self.original_group_id = original_group_id
+
+
+class Quarantined(RequestError):
+    """Engines died of this request. The same request will fare no better."""
+
+    code = "request_quarantined"
+
+
 class Overloaded(RequestError):
     """The queue is full; ``retry_after_s`` says when to come back."""
 
@@ -117,7 +144,15 @@ class InternalError(RequestError):
 _BY_CODE: Mapping[str, type[RequestError]] = MappingProxyType(
     {
         kind.code: kind
-        for kind in (ContextLengthExceeded, Overloaded, Unavailable, InternalError)
+        for kind in (
+            ContextLengthExceeded,
+            IdempotencyMismatch,
+            InternalError,
+            NotFound,
+            Overloaded,
+            Quarantined,
+            Unavailable,
+        )
         if kind.code is not None
     }
 )

@@ -10,7 +10,8 @@ Who says what to whom::
     any actor ──Heartbeat/Pulse──▶ supervisor            and the supervisor pulses back
     supervisor ──Fenced──▶ any actor                     the session is over: say Hello again
     gateway ──Submit/Cancel──▶ supervisor ──Accepted/Rejected/Deliver/Failed──▶ gateway
-    supervisor ──Assign/Cancel──▶ engine ──StepOutput/Refused──▶ supervisor
+    gateway ──Reclaim/Attach/Lookup──▶ supervisor ──Deliver/Failed/Found──▶ gateway
+    supervisor ──Assign/Cancel──▶ engine ──StepOutput/Inventory/Refused──▶ supervisor
     engine ──Dying──▶ supervisor;  launcher ──ProcessExited──▶ supervisor
     supervisor ──ClusterState──▶ gateway
     command line ──StatusRequest──▶ supervisor ──StatusReply──▶ command line
@@ -86,7 +87,7 @@ class EngineStatus(NamedTuple):
 
     name: str
     state: str
-    """``serving``, ``dead`` or ``starting``."""
+    """``serving``, ``testing``, ``draining``, ``dead``, or ``broken``: it stays down."""
     pid: int
     epoch: int
     restarts: int
@@ -126,6 +127,11 @@ class Hello:
     address: str = ""
     """Where a gateway listens, as ``host:port``."""
     capacity: Capacity | None = None
+    start_time: int = 0
+    """The process's start, in clock ticks since boot; with the pid it names the process for good.
+    0 if the supervisor cannot ask this process's kernel."""
+    numerics: str = ""
+    """The class of an engine's numerics: engines of one class make the same bits."""
 
 
 @message(2, datagram=True)
@@ -166,6 +172,8 @@ class Heartbeat:
     blocks_free: int
     running: int
     waiting: int
+    num_shed: int = 0
+    """Steps that did not fit the device's memory, and were planned anew."""
 
 
 @message(6, datagram=True)
@@ -184,6 +192,8 @@ class ProcessExited:
     status: int
     """The exit status, or minus the number of the signal, as ``subprocess`` gives it."""
     restarts: int
+    is_broken: bool = False
+    """It is an engine, and is not started again. Repeated for as long as that is so."""
 
 
 @message(8)
@@ -247,6 +257,55 @@ class Cancel:
     request_id: int
 
 
+@message(22)
+class Attach:
+    """A gateway wants a request's output from a position on, and what follows."""
+
+    request_id: int
+    position: int
+
+
+class HeldRequest(NamedTuple):
+    """A request that a gateway holds open, and the position that it must deliver next."""
+
+    request_id: int
+    position: int
+
+
+@message(23)
+class Reclaim:
+    """After a new session: what the gateway holds. It gave up whatever is not named."""
+
+    held: tuple[HeldRequest, ...]
+
+
+@message(24)
+class Lookup:
+    """A gateway asks for the requests of a group, on behalf of a client who wants to join."""
+
+    group_id: int
+    tenant: str
+
+
+@message(25)
+class Found:
+    """The requests of a group, by index; none if there is no such group for this tenant."""
+
+    group_id: int
+    tenant: str
+    requests: tuple[Request, ...]
+    lengths: tuple[int, ...] = ()
+    """How long the output of each request is at this moment."""
+
+
+@message(26)
+class Duplicate:
+    """A submitted request came with an idempotency key that another group has."""
+
+    request_id: int
+    original_group_id: int
+
+
 @message(32)
 class Assign:
     """An engine is given a request, with the output that it already has (all of it counts)."""
@@ -254,6 +313,8 @@ class Assign:
     request: Request
     attempt: int
     output: tuple[int, ...] = ()
+    is_suspect: bool = False
+    """An engine died in a step of it: its first step is run alone."""
 
 
 @message(33)
@@ -262,6 +323,17 @@ class StepOutput:
 
     step: int
     rows: tuple[TokenRow, ...]
+
+
+@message(35)
+class Inventory:
+    """After a new session: what the engine holds, and all that it added to each request.
+
+    Nothing that is missing, once ``is_last`` came, is with this engine any more.
+    """
+
+    rows: tuple[TokenRow, ...]
+    is_last: bool
 
 
 @message(34)
@@ -296,6 +368,33 @@ class StatusReply:
     tokens: int
 
 
+class DrainMode(IntEnum):
+    """What becomes of the requests of an engine that is to rest."""
+
+    FINISH = 1
+    """They end where they are."""
+    MIGRATE = 2
+    """They go on elsewhere, from their next token."""
+
+
+@message(50, datagram=True)
+class DrainRequest:
+    """The command line asks for an engine to rest. Repeated to learn how far it is."""
+
+    engine: str
+    mode: DrainMode
+
+
+@message(51, datagram=True)
+class DrainReply:
+    """How far an engine is on its way to rest."""
+
+    engine: str
+    is_known: bool
+    outstanding: int
+    """Requests that it still has; 0: it rests."""
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -312,10 +411,18 @@ Message: TypeAlias = (
     | Deliver
     | Failed
     | Cancel
+    | Attach
+    | Reclaim
+    | Lookup
+    | Found
+    | Duplicate
     | Assign
+    | Inventory
     | StepOutput
     | Refused
     | StatusRequest
     | StatusReply
+    | DrainRequest
+    | DrainReply
 )
 """The closed union that handlers match over."""

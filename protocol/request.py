@@ -69,6 +69,15 @@ class Request:
     priority: int = 0
     traceparent: str = ""
     """The W3C trace context of the client's call; it stays with the request wherever it goes."""
+    tenant: str = ""
+    """The id of the key that the call came with. Only its holder may join the stream again."""
+    presentation: bytes = b""
+    """How a gateway turns the output into an answer; opaque to everyone else. It stays with the
+    request, so that another gateway can go on with the stream."""
+    idempotency_key: bytes = b""
+    """A digest of the client's idempotency key and tenant, or empty."""
+    body_digest: bytes = b""
+    """A digest of the call's body, if there is an idempotency key."""
 
 
 class TokenLogprobs(NamedTuple):

@@ -31,6 +31,15 @@ class SupervisorConfig:
     served_model_name: str
     queue_max: int
     """Requests that may wait for an engine; beyond them the supervisor refuses."""
+    state_dir: Path | None
+    """Where the journal lies; ``None``: in ``run_dir``."""
+    journal_sync: Literal["process", "group", "strict"]
+    """What a crash of the machine, not of a process, may cost: see ``runtime.storage.journal``."""
+
+    @property
+    def journal_dir(self) -> Path:
+        """The directory of the journal."""
+        return (self.state_dir or self.run_dir / "state") / "journal"
 
     @property
     def socket(self) -> Path:

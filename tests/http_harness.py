@@ -8,7 +8,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -16,11 +16,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from understudy.actors.http_generation import HttpLimits
-from understudy.actors.http_server import listen, serve_http
+from understudy.actors.http_answers import HttpLimits
+from understudy.actors.http_server import serve_http
 from understudy.actors.scripted_gateway import ScriptedGateway
 from understudy.protocol.request import Request
 from understudy.runtime.kit.clock import VirtualClock
+from understudy.runtime.kit.listening import listen
 from understudy.runtime.served_model import ServedModel
 
 T = TypeVar("T")
@@ -53,6 +54,8 @@ class Harness:
     session: aiohttp.ClientSession
     host: str
     port: int
+    responses: list[aiohttp.ClientResponse] = field(default_factory=list)
+    """What is to be closed in the end."""
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -187,6 +190,9 @@ async def serving(
     )
     try:
         async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
-            yield Harness(gateway, served, runner, session, host, port)
+            harness = Harness(gateway, served, runner, session, host, port)
+            yield harness
+            for response in harness.responses:
+                response.close()
     finally:
         await runner.cleanup()

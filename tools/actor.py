@@ -6,7 +6,7 @@ Whatever ends it is one clear message, on stderr and, if a launcher asked, in a 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from understudy.protocol.errors import ConfigurationError
@@ -32,6 +32,7 @@ def run_actor(
     *,
     parent_pid: int | None,
     last_words: Path | None,
+    listen_fd: int | None = None,
 ) -> int:
     """Run the actor until it is told to stop; gives its exit status."""
     if parent_pid is not None:
@@ -40,7 +41,9 @@ def run_actor(
 
     configure_logging(name)
     try:
-        return _RUN[role](name, flags)
+        if role == "gateway":
+            return _run_gateway(name, flags, listen_fd)
+        return _run_engine(name, flags) if role == "engine" else _run_supervisor(flags)
     except ConfigurationError as error:
         return _end(ExitStatus.CONFIG, str(error), last_words)
     except LockHeld as error:
@@ -53,7 +56,7 @@ def run_actor(
         )
 
 
-def _run_supervisor(_name: str, flags: Mapping[str, str]) -> int:
+def _run_supervisor(flags: Mapping[str, str]) -> int:
     from understudy.actors.main import run_supervisor
     from understudy.runtime.config import supervisor_config
 
@@ -76,20 +79,13 @@ def _run_engine(name: str, flags: Mapping[str, str]) -> int:
     return run_engine(config)
 
 
-def _run_gateway(name: str, flags: Mapping[str, str]) -> int:
+def _run_gateway(name: str, flags: Mapping[str, str], listen_fd: int | None) -> int:
     from understudy.actors.main import run_gateway
     from understudy.runtime.config import gateway_config
 
     config = gateway_config(settle(flags), name=name)
     prepare_run_directory(config.run_dir)
-    return run_gateway(config)
-
-
-_RUN: Mapping[str, Callable[[str, Mapping[str, str]], int]] = {
-    "supervisor": _run_supervisor,
-    "engine": _run_engine,
-    "gateway": _run_gateway,
-}
+    return run_gateway(config, listen_fd=listen_fd)
 
 
 def _end(status: int, message: str, last_words: Path | None) -> int:

@@ -55,7 +55,8 @@ class _Parser(argparse.ArgumentParser):
         self._example = example
 
     def format_help(self) -> str:
-        return f"example: {self._example}\n\n{super().format_help()}"
+        example = f"example: {self._example}\n\n" if self._example else ""
+        return example + super().format_help()
 
 
 def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
@@ -140,6 +141,56 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_drain(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser, ["run_dir"])
+    parser.add_argument("engine", metavar="ENGINE", help="its name, as status shows it")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--migrate", action="store_true", help="its requests go on elsewhere, at once (default)"
+    )
+    how.add_argument("--finish", action="store_true", help="its requests end where they are")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=60.0, metavar="S", help="seconds to wait (60)"
+    )
+    parser.epilog = "Exit status: 0 it rests, 75 it still has requests, 69 not running."
+
+    def run(arguments: argparse.Namespace) -> int:
+        from understudy.tools.change import drain
+
+        return drain(
+            flags_of(arguments),
+            arguments.engine,
+            finishes=arguments.finish,
+            timeout_s=arguments.timeout,
+        )
+
+    parser.set_defaults(run=run)
+
+
+def _add_restart(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser, ["run_dir"])
+    parser.add_argument(
+        "--rolling",
+        action="store_true",
+        required=True,
+        help="one process at a time: what is new is ready before what is old ends",
+    )
+
+    def run(arguments: argparse.Namespace) -> int:
+        from understudy.tools.change import restart
+
+        return restart(flags_of(arguments))
+
+    parser.set_defaults(run=run)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.0 <= seconds <= 86_400.0:
+        raise ValueError
+    return seconds
+
+
 def _add_status(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser, ["run_dir"])
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -177,6 +228,12 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
     show.set_defaults(run=run_show)
     check.set_defaults(run=run_check)
+
+
+def _add_journal(parser: argparse.ArgumentParser) -> None:
+    from understudy.tools import journal
+
+    journal.add_arguments(parser)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -219,10 +276,12 @@ def _actor(role: str) -> Callable[[argparse.ArgumentParser], None]:
             parser.add_argument(
                 "--name", default=f"{role}-0", help=f"its name in the cluster ({role}-0)"
             )
-        # For the launcher, which starts this command: whose death it shall not outlive, and
-        # where to leave its last message.
+        # For the launcher, which starts this command: whose death it shall not outlive, where to
+        # leave its last message, and which of its open files is the socket to listen on.
         parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
         parser.add_argument("--last-words", type=Path, help=argparse.SUPPRESS)
+        if role == "gateway":
+            parser.add_argument("--listen-fd", type=int, help=argparse.SUPPRESS)
 
         def run(arguments: argparse.Namespace) -> int:
             from understudy.tools.actor import run_actor
@@ -233,6 +292,7 @@ def _actor(role: str) -> Callable[[argparse.ArgumentParser], None]:
                 flags_of(arguments),
                 parent_pid=arguments.parent_pid,
                 last_words=arguments.last_words,
+                listen_fd=getattr(arguments, "listen_fd", None),
             )
 
         parser.set_defaults(run=run)
@@ -248,13 +308,28 @@ COMMANDS: Final = {
     ),
     "stop": Command(help="let streams finish, then stop", example="understudy stop", add=_add_stop),
     "status": Command(help="say how it is", example="understudy status --json", add=_add_status),
+    "drain": Command(
+        help="give an engine nothing new, and move away or finish what it has",
+        example="understudy drain engine-0",
+        add=_add_drain,
+    ),
+    "restart": Command(
+        help="replace every process, and let every stream go on",
+        example="understudy restart --rolling",
+        add=_add_restart,
+    ),
     "demo": Command(
-        help="start two engines, stream a completion, show who serves it, and stop",
+        help="kill -9 an engine in the middle of its answer, and see the answer go on",
         example="understudy demo",
         add=_add_demo,
     ),
     "bench": Command(
         help="measure", example="understudy bench serve --concurrency 16", add=_add_bench
+    ),
+    "journal": Command(
+        help="look into a supervisor's journal",
+        example="understudy journal verify /run/understudy/state/journal",
+        add=_add_journal,
     ),
     "config": Command(
         help="show or check the configuration",

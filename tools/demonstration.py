@@ -1,11 +1,13 @@
-"""``understudy demo``: two engines, one streamed completion, who made it, and the end.
+"""``understudy demo``: kill -9 the engine that makes a text, in view, and see the text go on.
 
+The same request is then made again, undisturbed: the SHA-256 of both texts has to be equal.
 Everything runs in a directory and on a port of its own, so that it disturbs nothing. With
 ``--stay`` it goes on serving, and says what to try.
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -15,9 +17,10 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final, NamedTuple, TextIO
 
 from understudy.actors.launcher import Ready
 from understudy.protocol.errors import Unavailable
@@ -31,13 +34,19 @@ from understudy.tools.start import LOG_FILE, base_url, run_node, send_output_to
 
 PREFERRED_PORT: Final = 8000
 PROMPT: Final = "def read_lines(path):\n"
-MAX_TOKENS: Final = 96
-SEED: Final = 7
+MAX_TOKENS: Final = 180
+TEMPERATURE: Final = 0.7
+SEED: Final = 5
 """The answer is the same each time: text depends on request and seed alone."""
+KILL_AFTER: Final = 60
+"""Tokens; the engine is killed at the next end of a line, so that the text stays readable."""
+KILL_AFTER_MAX: Final = 100
 
 _ANSWER_WITHIN_S: Final = 60.0
 _STATUS_WITHIN_S: Final = 1.0
-_LOOK_EVERY_TOKENS: Final = 8
+_ENGINE_COMMENT: Final = b": engine "
+_BOLD: Final = "\033[1m"
+_PLAIN: Final = "\033[0m"
 
 
 def demonstrate(*, stays: bool) -> int:
@@ -87,36 +96,83 @@ class _Show:
 
     def _play(self, ready: Ready) -> None:
         try:
-            self._stream(ready)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            self.problem = f"no answer: {error}"
+            self._perform(ready)
+        except (OSError, Unavailable, http.client.HTTPException, ValueError) as error:
+            self.problem = f"the show did not go on: {error}"
         if self._stays and self.problem is None:
             _write(self._screen, _what_next(ready, self._run_dir))
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _stream(self, ready: Ready) -> None:
-        """Stream one completion to the screen, and say which engine made it."""
-        _write(
-            self._screen, f"{ready.model} is ready at {base_url(ready.address)}. It goes on from:\n"
-        )
-        self._screen.write(PROMPT)
-        engines: list[str] = []
-        num_pieces = 0
+    def _perform(self, ready: Ready) -> None:
+        """Stream a text, kill its engine on the way, and compare with an undisturbed run."""
+        stage = _Stage(self._screen)
+        url = base_url(ready.address)
+        stage.show(f"{ready.model} is ready at {url}. It goes on from this, with seed {SEED}:\n\n")
         with SupervisorClient(self._run_dir / SUPERVISOR_SOCKET) as client:
-            for text in _completion(ready):
-                self._screen.write(text)
-                self._screen.flush()
-                if num_pieces % _LOOK_EVERY_TOKENS == 0:
-                    engines += [name for name in _busy_engines(client) if name not in engines]
-                num_pieces += 1
-        if not num_pieces:
-            raise ValueError("the stream was empty")
-        made_by = " and ".join(engines) or "an engine too quick to be seen"
-        _write(self._screen, f"\n\nMade by {made_by}, one of {ready.engines} engines.")
+            reply = client.request(StatusRequest(), StatusReply, timeout_s=_STATUS_WITHIN_S)
+        killed = _killed_run(ready, stage, {engine.name: engine.pid for engine in reply.engines})
+        stage.show("\n\n")
+        undisturbed = "".join(piece.text for piece in _completion(ready))
+        hashes = [_sha256(text) for text in (killed.text, undisturbed)]
+        stage.show(f"SHA-256, one engine killed: {hashes[0]}\n")
+        stage.show(f"SHA-256, undisturbed:       {hashes[1]}\n\n")
+        if hashes[0] != hashes[1]:
+            raise ValueError("the two texts differ")
+        stage.notice(
+            f"The same bytes. {killed.second} took over from {killed.first} at token"
+            f" {killed.tokens}; the text stood still for {1e3 * killed.stall_s:.0f} ms."
+        )
 
 
-def _completion(ready: Ready) -> Iterator[str]:
+class _KilledRun(NamedTuple):
+    """What was seen of a text whose engine was killed."""
+
+    text: str
+    first: str
+    second: str
+    tokens: int
+    """Made by the first engine."""
+    stall_s: float
+    """Between the last token of the first engine and the first of the second."""
+
+
+def _killed_run(ready: Ready, stage: _Stage, pids: dict[str, int]) -> _KilledRun:
+    """Stream the text to the stage, and kill the engine that makes it."""
+    stage.show(PROMPT)
+    pieces: list[str] = []
+    engines: list[str] = []
+    tokens, stall_s, last_at = 0, 0.0, time.monotonic()
+    is_killed = False
+    for piece in _completion(ready):
+        now = time.monotonic()
+        if piece.engine not in engines:
+            engines.append(piece.engine)
+            if is_killed:
+                tokens, stall_s = len(pieces), now - last_at
+                stage.notice(f"{piece.engine} goes on, {1e3 * stall_s:.0f} ms later")
+        last_at = now
+        pieces.append(piece.text)
+        stage.show(piece.text)
+        is_time = len(pieces) >= KILL_AFTER and piece.text.endswith("\n")
+        if not is_killed and (is_time or len(pieces) >= KILL_AFTER_MAX):
+            pid = pids[piece.engine]
+            os.kill(pid, signal.SIGKILL)
+            is_killed = True
+            stage.notice(f"kill -9 {pid}: that was {piece.engine}, which makes this text")
+    if len(engines) != 2:
+        raise ValueError(f"the text was made by {' and '.join(engines) or 'nobody'}")
+    return _KilledRun("".join(pieces), engines[0], engines[1], tokens, stall_s)
+
+
+class _Piece(NamedTuple):
+    """Some text of a stream, and which engine made it."""
+
+    text: str
+    engine: str
+
+
+def _completion(ready: Ready) -> Iterator[_Piece]:
     """The pieces of one streamed completion."""
     host, _, port = (
         base_url(ready.address).removeprefix("http://").removesuffix("/v1").rpartition(":")
@@ -126,9 +182,13 @@ def _completion(ready: Ready) -> Iterator[str]:
         "model": ready.model,
         "prompt": PROMPT,
         "max_tokens": MAX_TOKENS,
+        "temperature": TEMPERATURE,
         "seed": SEED,
+        "ignore_eos": True,
         "stream": True,
     }
+    engine = ""
+    is_done = False
     try:
         headers = {"Content-Type": "application/json"}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
@@ -136,23 +196,48 @@ def _completion(ready: Ready) -> Iterator[str]:
         if response.status != http.client.OK:
             raise ValueError(f"HTTP {response.status}: {response.read().decode(errors='replace')}")
         for line in response:
-            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                continue
-            event: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
-            if "error" in event:
-                raise ValueError(event["error"]["message"])
-            yield from (choice["text"] for choice in event["choices"])
+            if line.startswith(_ENGINE_COMMENT):
+                engine = line.removeprefix(_ENGINE_COMMENT).split()[0].decode()
+            elif line.strip() == b"data: [DONE]":
+                is_done = True
+            elif line.startswith(b"data: "):
+                event: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
+                if "error" in event:
+                    raise ValueError(event["error"]["message"])
+                yield from (_Piece(choice["text"], engine) for choice in event["choices"])
     finally:
         connection.close()
+    if not is_done:
+        raise ValueError("the stream broke off")
 
 
-def _busy_engines(client: SupervisorClient) -> list[str]:
-    """The engines that have work right now."""
-    try:
-        reply = client.request(StatusRequest(), StatusReply, timeout_s=_STATUS_WITHIN_S)
-    except Unavailable:
-        return []
-    return [engine.name for engine in reply.engines if engine.outstanding or engine.running]
+class _Stage:
+    """The screen, on which text is interrupted by notices, and goes on where it was."""
+
+    def __init__(self, screen: TextIO) -> None:
+        self._screen = screen
+        is_bold = screen.isatty() and not os.environ.get("NO_COLOR")
+        self._bold, self._plain = (_BOLD, _PLAIN) if is_bold else ("", "")
+        self._column = 0
+
+    def show(self, text: str) -> None:
+        """Go on with the text."""
+        _, newline, rest = text.rpartition("\n")
+        self._column = len(rest) if newline else self._column + len(rest)
+        self._write(text)
+
+    def notice(self, line: str) -> None:
+        """Say something on a line of its own."""
+        before = "\n" if self._column else ""
+        self._write(f"{before}{self._bold}── {line}{self._plain}\n{' ' * self._column}")
+
+    def _write(self, text: str) -> None:
+        self._screen.write(text)
+        self._screen.flush()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _free_port(preferred: int) -> int:

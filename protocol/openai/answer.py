@@ -1,8 +1,7 @@
 """What both completion endpoints answer with: their common fields, and chunks of a stream.
 
-A stream is server-sent events (WHATWG HTML, section 9.2). Each chunk's event has the id
-``<request>.<position>``, where the position is the number of tokens that the client has when it
-has read the event.
+A stream is server-sent events (WHATWG HTML, section 9.2). Each chunk's event has an id that says
+how far the client is when it has read the event: see ``stream_ids``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import msgspec
 
 from understudy.protocol.errors import InternalError, RequestError, Unavailable
 from understudy.protocol.openai.logprobs import TokenLogprob
+from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.request import FinishReason
 
 KEEP_ALIVE: Final = b": keep-alive\n"
@@ -98,10 +98,11 @@ class ChunkEncoder:
     All that stays the same from chunk to chunk is encoded once; for a token, only the text is::
 
         id: 3f2a….7 ␤ data: {"id":…,"choices":[{"index":0,"delta":{"content":"text"},"logprobs":…
-        ╰─ stem ─╯  ╰───────────────── start ────────────────────╯╰─ later ─╯     ╰ end_of_text …
+        ╰ event id ╯╰───────────────── start ────────────────────╯╰─ later ─╯     ╰ end_of_text …
 
     Args:
-        request_id: Names the choice's request in the events' ids.
+        event_ids: Names the events of the stream.
+        index: The choice's.
         opening: The chunk up to where the text's own field begins.
         first: That field's beginning in the first chunk.
         later: The same in all further chunks.
@@ -114,17 +115,19 @@ class ChunkEncoder:
         "_after",
         "_before",
         "_end_of_text",
+        "_event_ids",
         "_first",
         "_has_usage",
+        "_index",
         "_later",
         "_shape_logprobs",
         "_start",
-        "_stem",
     )
 
     def __init__(
         self,
-        request_id: int,
+        event_ids: EventIds,
+        index: int,
         opening: bytes,
         *,
         first: bytes,
@@ -133,7 +136,8 @@ class ChunkEncoder:
         shape_logprobs: Callable[[Sequence[TokenLogprob] | None], dict[str, Any] | None],
         has_usage: bool,
     ) -> None:
-        self._stem = b"id: %016x." % request_id
+        self._event_ids = event_ids
+        self._index = index
         self._start = b"\ndata: " + opening
         self._first = first
         self._later = later
@@ -145,7 +149,8 @@ class ChunkEncoder:
 
     def encode(self, position: int, text: str) -> bytes:
         """A chunk of nothing but text, and not the first: the path of nearly every token."""
-        return b"".join((self._stem, b"%d" % position, self._before, _encode(text), self._after))
+        event_id = self._event_ids.line(self._index, position)
+        return b"".join((event_id, self._before, _encode(text), self._after))
 
     def encode_any(
         self,
@@ -160,7 +165,8 @@ class ChunkEncoder:
         """A chunk with whatever there is to say."""
         field = self._first if is_first else self._later
         ending = self._ending(finish_reason, logprobs, usage)
-        return b"".join((self._stem, b"%d" % position, self._start, field, _encode(text), ending))
+        event_id = self._event_ids.line(self._index, position)
+        return b"".join((event_id, self._start, field, _encode(text), ending))
 
     def _ending(
         self,

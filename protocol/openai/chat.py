@@ -19,6 +19,7 @@ from understudy.protocol.openai.sampling import (
     ModelTraits,
     check_generation,
 )
+from understudy.protocol.openai.stream_ids import EventIds
 
 CHUNK_KIND: Final = "chat.completion.chunk"
 
@@ -221,11 +222,12 @@ def chat_response(
 
 
 def chat_chunk_encoder(
-    heading: Heading, request_id: int, index: int, *, has_usage: bool
+    heading: Heading, event_ids: EventIds, index: int, *, has_usage: bool
 ) -> ChunkEncoder:
     """What turns the deltas of choice ``index`` into events."""
     return ChunkEncoder(
-        request_id,
+        event_ids,
+        index,
         heading.opening(CHUNK_KIND) + b'"choices":[{"index":%d,"delta":{' % index,
         first=b'"role":"assistant","content":',
         later=b'"content":',

@@ -20,6 +20,7 @@ from understudy.protocol.openai.sampling import (
     check_token_ids,
     settle_max_tokens,
 )
+from understudy.protocol.openai.stream_ids import EventIds
 
 CHUNK_KIND: Final = "text_completion"
 DEFAULT_MAX_TOKENS: Final = 16
@@ -118,11 +119,12 @@ def completion_response(
 
 
 def completion_chunk_encoder(
-    heading: Heading, request_id: int, index: int, *, has_usage: bool
+    heading: Heading, event_ids: EventIds, index: int, *, has_usage: bool
 ) -> ChunkEncoder:
     """What turns the deltas of choice ``index`` into events."""
     return ChunkEncoder(
-        request_id,
+        event_ids,
+        index,
         heading.opening(CHUNK_KIND) + b'"choices":[{"index":%d,' % index,
         first=b'"text":',
         later=b'"text":',

@@ -184,12 +184,14 @@ def make_requests(
     *,
     draw: Callable[[int], int],
     default_max_tokens: int | None,
+    group_id: int | None = None,
 ) -> list[Request]:
     """The requests for one prompt: ``n`` of one group, each with a seed of its own.
 
     ``draw(bits)`` gives a random number of so many bits. The first answer uses the client's seed
     itself, so that it does not depend on ``n``; each prompt of a list is answered as if it had
-    come alone.
+    come alone. The group is named after its first request, unless the call has one already: all
+    requests of a call are of one group.
 
     Raises:
         ContextLengthExceeded: prompt and answer do not fit the model's context.
@@ -205,7 +207,7 @@ def make_requests(
     return [
         Request(
             request_id=request_id,
-            group_id=request_ids[0],
+            group_id=request_ids[0] if group_id is None else group_id,
             prompt=prompt,
             params=dataclasses.replace(
                 generation.sampling, seed=sample_seed(seed, index), max_tokens=max_tokens

@@ -1,18 +1,33 @@
-"""The ledger: what is known of every admitted request, and which tokens count.
+"""The ledger: what is known of every request, and which tokens count.
 
 A token counts only if it comes from the engine that the request is with now, under that engine's
 present epoch, for the present attempt, at the next position, and with the hash of everything
 before it. All else is refused here, so a token can neither be lost, nor come twice, nor come from
 an engine that was given up: whatever the network and the processes do, the output in the ledger is
 one straight line.
+
+A request that has ended is kept for a while, so that a client can join its stream again.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final, NamedTuple
 
-from understudy.protocol.request import Request, TokenRow, extend_prefix_hash
+from understudy.protocol.request import (
+    FinishReason,
+    Request,
+    TokenLogprobs,
+    TokenRow,
+    extend_prefix_hash,
+)
+
+RETENTION_S: Final = 600.0
+"""For how long after its end a stream can be joined again."""
+RETAINED_TOKENS_MAX: Final = 32 * 1024 * 1024
+"""Prompt and output tokens of ended requests; the oldest are forgotten first."""
 
 
 class Verdict(Enum):
@@ -30,9 +45,9 @@ class Entry:
     """One admitted request."""
 
     request: Request
-    gateway: str
-    """The identity of the gateway that the output goes to."""
     admitted_at: float
+    subscribers: list[str] = field(default_factory=list)
+    """The identities of the gateways that the output goes to."""
     attempt: int = 0
     """How often it was given to an engine."""
     engine: str | None = None
@@ -45,39 +60,120 @@ class Entry:
     never be given up.
     """
     output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     prefix_hash: int = 0
+    finish: int = 0
+    """A ``FinishReason``, or 0 while the request goes on."""
+    error_code: str = ""
+    error_message: str = ""
+    ended_at: float = 0.0
+
+    @property
+    def request_id(self) -> int:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def is_void(self) -> bool:
+        """Whether it was called off before anything came of it: nobody wants to join that."""
+        return self.finish == FinishReason.CANCELLED and not self.output
+
+    def rows_from(self, position: int, num_tokens_max: int) -> list[TokenRow]:
+        """All output from a position on, in rows of limited length; the last has the end."""
+        rows = []
+        prefix_hash = 0
+        length = len(self.output)
+        if length - position > num_tokens_max:
+            prefix_hash = extend_prefix_hash(0, self.output[:position])
+        for start in range(position, length, num_tokens_max) or [position]:
+            end = start + num_tokens_max
+            tokens = tuple(self.output[start:end])
+            is_last = end >= length
+            prefix_hash = self.prefix_hash if is_last else extend_prefix_hash(prefix_hash, tokens)
+            rows.append(
+                TokenRow(
+                    self.request_id,
+                    self.attempt,
+                    start,
+                    tokens,
+                    prefix_hash,
+                    self.finish if is_last else 0,
+                    tuple(self.logprobs[start:end]),
+                )
+            )
+        return rows
+
+
+class Duplicated(NamedTuple):
+    """An idempotency key that is known already."""
+
+    group_id: int
+    body_digest: bytes
 
 
 class Ledger:
-    """Every request that was admitted and has not ended."""
+    """Every request that was admitted: the living, and for a while those that have ended."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, Entry] = {}
+        self._living: dict[int, Entry] = {}
+        self._ended: OrderedDict[int, Entry] = OrderedDict()
+        self._ended_tokens = 0
+        self._groups: dict[int, list[int]] = {}
+        self._keys: dict[bytes, Duplicated] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, request_id: int) -> bool:
-        return request_id in self._entries
+        return len(self._living)
 
     def get(self, request_id: int) -> Entry | None:
         """The entry of a living request."""
-        return self._entries.get(request_id)
+        return self._living.get(request_id)
+
+    def find(self, request_id: int) -> Entry | None:
+        """The entry of a request that lives, or has ended not long ago."""
+        return self._living.get(request_id) or self._ended.get(request_id)
+
+    def group(self, group_id: int) -> list[Entry]:
+        """The entries of a group that are known, by index."""
+        found = [self.find(request_id) for request_id in self._groups.get(group_id, ())]
+        return [entry for entry in found if entry is not None]
+
+    def duplicated(self, key: bytes) -> Duplicated | None:
+        """Which group came with this idempotency key first."""
+        return self._keys.get(key) if key else None
 
     def entries(self) -> list[Entry]:
         """All living requests, oldest first."""
-        return list(self._entries.values())
+        return list(self._living.values())
 
-    def admit(self, request: Request, gateway: str, now: float) -> Entry:
+    def admit(self, request: Request, now: float) -> Entry:
         """Enter a request. From here on it will end, exactly once."""
-        assert request.request_id not in self._entries
-        entry = Entry(request, gateway, now, progress_at=now)
-        self._entries[request.request_id] = entry
+        entry = Entry(request, now, progress_at=now)
+        self.restore(entry)
         return entry
+
+    def restore(self, entry: Entry) -> None:
+        """Enter a request as it was known before."""
+        request = entry.request
+        assert self.find(request.request_id) is None, "a request is entered once"
+        if entry.finish:
+            self._retain(entry)
+        else:
+            self._living[request.request_id] = entry
+        self._groups.setdefault(request.group_id, []).append(request.request_id)
+        # The first of a group stands for it: if it was refused, so is the call.
+        is_first = request.request_id == request.group_id
+        if request.idempotency_key and is_first and not entry.is_void:
+            duplicated = Duplicated(request.group_id, request.body_digest)
+            self._keys.setdefault(request.idempotency_key, duplicated)
 
     def assign(self, request_id: int, engine: str, epoch: int, now: float) -> Entry:
         """Give a waiting request to an engine, as a new attempt."""
-        entry = self._entries[request_id]
+        entry = self._living[request_id]
         assert entry.engine is None, "a request is with one engine at a time"
         entry.attempt += 1
         entry.engine = engine
@@ -88,29 +184,103 @@ class Ledger:
 
     def release(self, request_id: int) -> Entry:
         """Take a request back from its engine; what it has put out stays."""
-        entry = self._entries[request_id]
+        entry = self._living[request_id]
         entry.engine = None
         return entry
 
     def accept(self, row: TokenRow, engine: str, epoch: int, now: float) -> Verdict:
-        """Take in what an engine says it made. An accepted end removes the request."""
-        entry = self._entries.get(row.request_id)
+        """Take in what an engine says it made in a step."""
+        entry = self._living.get(row.request_id)
         if entry is None or entry.engine != engine or entry.epoch != epoch:
             return Verdict.STALE
         if entry.attempt != row.attempt:
             return Verdict.STALE
         if row.position != len(entry.output):
             return Verdict.BROKEN
+        return self._append(entry, row, now)
+
+    def adopt(self, row: TokenRow, engine: str, epoch: int, now: float) -> TokenRow | None:
+        """Take in all that an engine added to a request, whether it is known already or not.
+
+        Accepted if the engine still has the present attempt: the request is with it (again), and
+        what is new of the output is returned, as a row. ``None`` if the engine should drop it.
+        """
+        entry = self._living.get(row.request_id)
+        if entry is None or entry.attempt != row.attempt or entry.engine not in {None, engine}:
+            return None
+        position = len(entry.output)
+        known = position - row.position
+        if known < 0 or list(row.tokens[:known]) != entry.output[row.position :]:
+            return None
+        rest = row._replace(
+            position=position, tokens=row.tokens[known:], logprobs=row.logprobs[known:]
+        )
+        if self._append(entry, rest, now) is not Verdict.ACCEPTED:
+            return None
+        entry.engine = engine
+        entry.epoch = epoch
+        return rest
+
+    def end(
+        self, entry: Entry, finish: FinishReason, now: float, *, code: str = "", message: str = ""
+    ) -> None:
+        """End a living request."""
+        assert not entry.finish, "a request ends once"
+        entry.finish = finish
+        entry.error_code = code
+        entry.error_message = message
+        entry.ended_at = now
+        entry.engine = None
+        del self._living[entry.request_id]
+        self._retain(entry)
+        if entry.is_void:
+            self._release_key(entry.request)
+
+    def forget_old(self, now: float) -> None:
+        """Forget ended requests that are past their time, or too many."""
+        while self._ended:
+            oldest = next(iter(self._ended.values()))
+            is_old = now >= oldest.ended_at + RETENTION_S
+            if not is_old and self._ended_tokens <= RETAINED_TOKENS_MAX:
+                return
+            self._forget(oldest)
+
+    def check_integrity(self) -> None:
+        """Every request is in one place, and in its group."""
+        assert not self._living.keys() & self._ended.keys()
+        assert self._ended_tokens == sum(entry.num_tokens for entry in self._ended.values())
+        grouped = sorted(member for group in self._groups.values() for member in group)
+        assert grouped == sorted((*self._living, *self._ended))
+        for entry in self._living.values():
+            assert not entry.finish
+            assert entry.prefix_hash == extend_prefix_hash(0, entry.output)
+
+    def _append(self, entry: Entry, row: TokenRow, now: float) -> Verdict:
         prefix_hash = extend_prefix_hash(entry.prefix_hash, row.tokens)
         if prefix_hash != row.prefix_hash:
             return Verdict.BROKEN
         entry.output.extend(row.tokens)
+        entry.logprobs.extend(row.logprobs)
         entry.prefix_hash = prefix_hash
         entry.progress_at = now
-        if row.finish:
-            del self._entries[row.request_id]
         return Verdict.ACCEPTED
 
-    def end(self, request_id: int) -> Entry | None:
-        """End a request for another reason than its last token."""
-        return self._entries.pop(request_id, None)
+    def _retain(self, entry: Entry) -> None:
+        self._ended[entry.request_id] = entry
+        self._ended_tokens += entry.num_tokens
+
+    def _forget(self, entry: Entry) -> None:
+        request = entry.request
+        del self._ended[request.request_id]
+        self._ended_tokens -= entry.num_tokens
+        group = self._groups[request.group_id]
+        group.remove(request.request_id)
+        if not group:
+            del self._groups[request.group_id]
+            self._release_key(request)
+
+    def _release_key(self, request: Request) -> None:
+        """Let the next call with a group's idempotency key be a new one."""
+        duplicated = self.duplicated(request.idempotency_key)
+        if duplicated is not None and duplicated.group_id == request.group_id:
+            del self._keys[request.idempotency_key]

@@ -15,16 +15,19 @@ from understudy.protocol.messages import Capacity, Heartbeat, Hello, Role
 
 EPOCH_MAX: Final = 2**63 - 1
 """More than is ever reached; a Hello that names a later one is not answered."""
-ENGINE_SILENT_S: Final = 1.5
-GATEWAY_SILENT_S: Final = 5.0
-"""After so long without any message a member counts as gone."""
 
 
 class MemberState(Enum):
     """Whether work can be given to a member."""
 
     SERVING = "serving"
+    TESTING = "testing"
+    """It came after one that died, and has to answer the canary first."""
+    DRAINING = "draining"
+    """It finishes or hands over what it has, and gets nothing new."""
     DEAD = "dead"
+    BROKEN = "broken"
+    """It is dead and is not started again."""
 
 
 @dataclass(slots=True)
@@ -37,13 +40,22 @@ class Member:
     pid: int
     epoch: int
     heard_at: float
+    start_time: int = 0
     address: str = ""
+    numerics: str = ""
     capacity: Capacity | None = None
     state: MemberState = MemberState.SERVING
     restarts: int = 0
     beat: Heartbeat | None = None
-    requests: set[int] = field(default_factory=set)
-    """An engine's outstanding requests, or a gateway's open ones."""
+    inventory: set[int] = field(default_factory=set)
+    """Requests that an engine said it still has, while it is telling."""
+    silent_since: float | None = None
+    """Since when a dead engine's process has lived on without a word."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a session with it."""
+        return self.state not in {MemberState.DEAD, MemberState.BROKEN}
 
 
 class Greeting(NamedTuple):
@@ -52,7 +64,7 @@ class Greeting(NamedTuple):
     member: Member
     is_new_session: bool
     replaced: Member | None
-    """The earlier session of the same name, which must be cleared up."""
+    """The earlier incarnation of this name, if it counted as alive."""
 
 
 class Registry:
@@ -67,41 +79,51 @@ class Registry:
         """Take in a Hello; ``None`` if it is not to be answered.
 
         The first of an incarnation, and one that says the present session is lost, open a new
-        session. Any other is a repetition: the same Welcome is the answer. An incarnation that
-        comes after a later one, delayed or revived, must not take the name from it.
+        session. Any other is a repetition: the same Welcome is the answer. What a member has to
+        do is not touched by a new session; an engine says itself what it still holds. An
+        incarnation that comes after a later one, delayed or revived, must not take the name from
+        it.
         """
         if hello.last_epoch > EPOCH_MAX:
             return None
-        present = self._by_name.get(hello.name)
-        is_alive = present is not None and present.state is MemberState.SERVING
-        if present is not None and is_alive:
-            if present.identity == identity:
-                present.heard_at = now
-                if hello.last_epoch < present.epoch:
-                    return Greeting(present, False, None)
-            elif _incarnation(identity) < _incarnation(present.identity):
-                return None
         # A member welcomes no epoch but a later one. A supervisor whose machine started anew may
         # have begun to count below those that its members have seen.
         self._next_epoch = max(self._next_epoch, hello.last_epoch + 1)
+        present = self._by_name.get(hello.name)
+        if present is not None and present.is_alive:
+            if present.identity == identity:
+                return self._greet_again(present, hello, now)
+            if _incarnation(identity) < _incarnation(present.identity):
+                return None
         member = Member(
             name=hello.name,
             identity=identity,
             role=hello.role,
             pid=hello.pid,
-            epoch=self._next_epoch,
+            epoch=self._take_epoch(),
             heard_at=now,
+            start_time=hello.start_time,
             address=hello.address,
+            numerics=hello.numerics,
             capacity=hello.capacity,
             restarts=0 if present is None else present.restarts,
         )
-        if present is not None and present.pid != hello.pid:
-            member.restarts += 1
-        self._next_epoch += 1
         if present is not None:
+            if present.pid != hello.pid:
+                member.restarts += 1
             del self._by_identity[present.identity]
         self._by_name[hello.name] = self._by_identity[identity] = member
-        return Greeting(member, True, present if is_alive else None)
+        is_replaced = present is not None and present.is_alive
+        return Greeting(member, True, present if is_replaced else None)
+
+    def _greet_again(self, member: Member, hello: Hello, now: float) -> Greeting:
+        """Answer the present incarnation of a name."""
+        member.heard_at = now
+        if hello.last_epoch < member.epoch:
+            return Greeting(member, False, None)
+        member.epoch = self._take_epoch()
+        member.inventory.clear()
+        return Greeting(member, True, None)
 
     def get(self, identity: str) -> Member | None:
         """The member behind an identity, dead or alive."""
@@ -115,40 +137,35 @@ class Registry:
         """Mark a member dead: it gets no more work, and what it says is stale."""
         member.state = MemberState.DEAD
 
-    def silent(self, now: float) -> list[Member]:
-        """Serving members that have not been heard of for too long."""
-        return [
-            member
-            for member in self._by_identity.values()
-            if member.state is MemberState.SERVING and now >= member.heard_at + _limit_s(member)
-        ]
-
-    def next_silence(self) -> float | None:
-        """When the first member will have been silent for too long."""
-        return min(
-            (
-                member.heard_at + _limit_s(member)
-                for member in self._by_identity.values()
-                if member.state is MemberState.SERVING
-            ),
-            default=None,
-        )
+    def break_down(self, name: str, pid: int, now: float) -> Member:
+        """Mark an engine as one that stays down; it may never have said Hello."""
+        member = self._by_name.get(name)
+        if member is None:
+            member = Member(name, name, Role.ENGINE, pid, self._take_epoch(), heard_at=now)
+            self._by_name[name] = self._by_identity[name] = member
+        member.state = MemberState.BROKEN
+        return member
 
     def members(self, role: Role) -> list[Member]:
         """All members that play a part, dead or alive, by name."""
         found = [member for member in self._by_identity.values() if member.role is role]
         return sorted(found, key=lambda member: member.name)
 
+    def alive(self, role: Role) -> list[Member]:
+        """The members that play a part and have a session, by name."""
+        return [member for member in self.members(role) if member.is_alive]
+
     def serving(self, role: Role) -> list[Member]:
-        """The members that play a part and are alive, by name."""
+        """The members that play a part and take new work, by name."""
         return [m for m in self.members(role) if m.state is MemberState.SERVING]
+
+    def _take_epoch(self) -> int:
+        epoch = self._next_epoch
+        self._next_epoch += 1
+        return epoch
 
 
 def _incarnation(identity: str) -> int:
     """The number behind the name; 0 if there is none."""
     number = identity.rpartition(".")[2]
     return int(number) if number.isdecimal() and len(number) < 20 else 0
-
-
-def _limit_s(member: Member) -> float:
-    return ENGINE_SILENT_S if member.role is Role.ENGINE else GATEWAY_SILENT_S

@@ -36,6 +36,8 @@ class Child:
         """When it is to be started again, on the monotonic clock."""
         self.is_broken = False
         """It died too often, or hopelessly, and stays down."""
+        self.pid: int | None = None
+        """The number of the last process that was started."""
         self._last_words = last_words
 
     def start(self) -> int:
@@ -53,8 +55,10 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),
             process_group=0,
+            pass_fds=self.spec.descriptors,
         )
-        return self.process.pid
+        self.pid = self.process.pid
+        return self.pid
 
     def send_signal(self, number: signal.Signals) -> None:
         """Signal the process, if it runs."""
@@ -96,6 +100,10 @@ class Watch:
             os.close(pidfd)
         self._selector.close()
 
+    def attend(self, other: socket.socket) -> None:
+        """Wake up for this socket, too. Whoever waits has to read it."""
+        self._selector.register(other, selectors.EVENT_READ)
+
     def start(self, child: Child) -> int:
         """Start a child and watch it; gives its pid."""
         pid = child.start()
@@ -111,7 +119,7 @@ class Watch:
             if key.fileobj is self._wakeup:
                 with suppress(BlockingIOError):
                     self._wakeup.recv(4096)
-            else:
+            elif key.data is not None:
                 exits.append(self._reap(key.data))
         return exits
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import signal
 import stat
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -20,7 +21,13 @@ from typing import Final, NamedTuple
 from understudy.protocol.errors import ConfigurationError
 
 LAUNCHER_LOCK: Final = "launcher.lock"
+LAUNCHER_SOCKET: Final = "launcher.sock"
 SUPERVISOR_LOCK: Final = "supervisor.lock"
+
+WAVE_S: Final = 10.0
+CALM_S: Final = 600.0
+WAVES_MAX: Final = 3
+"""After so many waves of death in a row nothing is started again: see ``waves_of_death``."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _LOCK_POLL_S: Final = 0.02
@@ -52,6 +59,8 @@ class ProcessSpec:
     environment: Mapping[str, str]
     """Variables set for it beside those of its parent."""
     restart: RestartPolicy
+    descriptors: tuple[int, ...] = ()
+    """Open files that it inherits, by these same numbers."""
 
 
 class RestartHistory:
@@ -90,6 +99,46 @@ class RestartHistory:
             delay_s = min(backoff_s, policy.backoff_max_s) * (0.5 + jitter / 2)
         self._started_at = now + delay_s
         return delay_s
+
+
+class Death(NamedTuple):
+    """An engine died, at a time in seconds of any clock that never goes back."""
+
+    name: str
+    at: float
+
+
+def waves_of_death(deaths: Iterable[Death], num_engines: int) -> int:
+    """How often in a row most engines have died together, at the end of this history.
+
+    A *wave* is ``WAVE_S`` seconds or less in which a majority of the engines dies, two at least.
+    Engines fail one at a time; what fells most of them at once, and again, is something that they
+    share: the machine, the model, the driver. Then starting them again helps nobody and may do
+    harm. A wave that comes ``CALM_S`` or more after the one before counts from one again.
+
+    Args:
+        deaths: in the order of time; those that somebody intended are left out.
+        num_engines: how many there are when all live.
+    """
+    majority = max(2, num_engines // 2 + 1)
+    waves, wave_at = 0, -math.inf
+    recent: list[Death] = []
+    for death in deaths:
+        recent = [earlier for earlier in recent if death.at - earlier.at <= WAVE_S]
+        recent.append(death)
+        if len({each.name for each in recent}) >= majority:
+            waves = waves + 1 if death.at - wave_at < CALM_S else 1
+            wave_at = death.at
+            recent = []
+    return waves
+
+
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process of this user has a file open, as one that waits for a lock does."""
+    try:
+        return any(entry.readlink() == path for entry in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False  # it ends, or a file was closed while we looked
 
 
 def die_with_parent(parent_pid: int) -> None:

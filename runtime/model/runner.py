@@ -20,7 +20,13 @@ from understudy.runtime.model.attention import Span
 from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.sampler import Sampler, SamplingRow
 from understudy.runtime.model.transformer import Batch, Transformer
-from understudy.runtime.scheduling.decision import SampledToken, ScheduledSequence, StepPlan
+from understudy.runtime.scheduling.decision import (
+    EngineFault,
+    OutOfMemory,
+    SampledToken,
+    ScheduledSequence,
+    StepPlan,
+)
 
 
 class ModelRunner:
@@ -46,17 +52,36 @@ class ModelRunner:
         """Compute the plan's tokens; the draws, by request id, of each that ``samples``."""
         if not plan.scheduled:
             return {}
-        with torch.inference_mode():
-            logits = self.logits(plan)
-            sampled = [s.sequence for s in plan.scheduled if s.samples]
-            if logits is None:
-                return {}
-            rows = [
-                SamplingRow(sequence.params, sequence.token_ids, sequence.num_prompt_tokens)
-                for sequence in sampled
-            ]
-            tokens = self._sampler.sample(logits, rows)
-        return {sequence.request_id: token for sequence, token in zip(sampled, tokens, strict=True)}
+        try:
+            with torch.inference_mode():
+                return self._execute(plan)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise OutOfMemory(str(error)) from error
+        except RuntimeError as error:
+            # The CPU's allocator has no exception class of its own.
+            if "can't allocate memory" in str(error):
+                raise OutOfMemory(str(error)) from error
+            raise
+
+    def _execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+        logits = self.logits(plan)
+        if logits is None:
+            return {}
+        # A row's maximum is not finite if any of its numbers is NaN or infinite.
+        is_finite = logits.amax(dim=1).isfinite().tolist()
+        if len(is_finite) > 1 and not any(is_finite):
+            raise EngineFault(f"no logits of {len(is_finite)} sequences are finite")
+        sampled = [s.sequence for s in plan.scheduled if s.samples]
+        rows = [
+            SamplingRow(sequence.params, sequence.token_ids, sequence.num_prompt_tokens)
+            for sequence in sampled
+        ]
+        tokens = self._sampler.sample(logits, rows)
+        return {
+            sequence.request_id: token
+            for sequence, token, is_sound in zip(sampled, tokens, is_finite, strict=True)
+            if is_sound
+        }
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens; ``[plan.num_tokens, hidden_size]``, in plan order."""

@@ -60,12 +60,25 @@ class SampledToken(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+class OutOfMemory(Exception):
+    """A step did not fit the device. Nothing of it counts; a smaller one may fit."""
+
+
+class EngineFault(Exception):
+    """What the device computes cannot be trusted any more: the engine has to end."""
+
+
 class Runner(Protocol):
     """Computes a step: the model, or its echo."""
 
     def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
         """Compute the plan's tokens; the draws, by request id, of each that ``samples``.
 
-        A plan with nothing scheduled gives an empty dictionary.
+        A plan with nothing scheduled gives an empty dictionary. A sequence whose numbers are not
+        finite gets no draw.
+
+        Raises:
+            OutOfMemory: the step did not fit; it may be planned anew.
+            EngineFault: the numbers of all sequences are not finite.
         """
         ...

@@ -38,6 +38,7 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Final
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow
@@ -45,6 +46,9 @@ from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.scheduling.decision import SampledToken, ScheduledSequence, StepPlan
 from understudy.runtime.scheduling.preemption import preempt_last, urgency
 from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
+
+STEPS_BEFORE_WIDENING: Final = 32
+"""Steps that must fit before the budget, once halved, is doubled again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,10 @@ class Scheduler:
         # Why not a deque: a cancelled sequence has to leave the middle at once. This takes from
         # and puts to either end, and deletes by id, in constant time.
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._suspects: OrderedDict[int, Sequence] = OrderedDict()
+        # Tokens of a step: what the configuration allows, less where a step did not fit.
+        self._budget = config.max_num_batched_tokens
+        self._steps_since_shed = 0
         self._ended: list[TokenRow] = []
         self._num_arrivals = 0
         self._step = 0
@@ -129,6 +137,16 @@ class Scheduler:
         self._sequences[sequence.request_id] = sequence
         self._waiting[sequence.request_id] = sequence
 
+    def add_suspect(self, sequence: Sequence) -> None:
+        """Take in a sequence that may have killed an engine.
+
+        Until it has made a token, its steps are run with nobody else in them and before any other:
+        if it kills this engine too, it is convicted, and nobody has to share the guilt.
+        """
+        self.add(sequence)
+        if sequence.status is not SequenceStatus.FINISHED:
+            self._suspects[sequence.request_id] = sequence
+
     def cancel(self, request_id: int) -> bool:
         """End a sequence, and free its blocks at once; ``False`` if it is not here (any more).
 
@@ -150,10 +168,13 @@ class Scheduler:
         if not self.has_work:
             return None
         scheduled: list[ScheduledSequence] = []
-        preempted = self._continue_running(scheduled)
-        # Who was just preempted heads the queue and wants more blocks than it gave back, so nobody
-        # starts in a step that preempts.
-        self._start_waiting(scheduled)
+        if self._suspects:
+            preempted = self._run_suspect(scheduled)
+        else:
+            preempted = self._continue_running(scheduled)
+            # Who was just preempted heads the queue and wants more blocks than it gave back, so
+            # nobody starts in a step that preempts.
+            self._start_waiting(scheduled)
         assert scheduled or not self._sequences, "a step must bring someone forward"
         self._step += 1
         self._plan = StepPlan(self._step, tuple(scheduled), preempted)
@@ -166,14 +187,33 @@ class Scheduler:
         """
         assert plan is self._plan, "a step is taken in once, and only the latest"
         self._plan = None
+        self._widen_budget()
         rows, self._ended = self._ended, []
         for sequence, num_tokens in plan.scheduled:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # cancelled or replaced while the step ran
             sequence.num_computed_tokens += num_tokens
             if sequence.num_computed_tokens == sequence.num_tokens:
-                rows.append(self._append(sequence, sampled[sequence.request_id]))
+                rows.append(self._take(sequence, sampled.get(sequence.request_id)))
         return rows
+
+    def shed(self, plan: StepPlan) -> None:
+        """A step did not fit the device: plan smaller ones, and make room.
+
+        The budget is halved and the less urgent half of the running sequences gives its blocks
+        back. A sequence that does not fit alone, with the smallest budget, ends with an error.
+        """
+        assert plan is self._plan, "only the latest step can be shed"
+        self._plan = None
+        if len(plan.scheduled) == 1 and plan.num_tokens <= self._config.block_size:
+            sequence = plan.scheduled[0].sequence
+            self._remove(sequence)
+            self._ended.append(_token_row(sequence, FinishReason.ERROR))
+            return
+        self._budget = max(plan.num_tokens // 2, min(self._budget, self._config.block_size), 1)
+        self._steps_since_shed = 0
+        for _ in range(len(self._running) // 2):
+            self._preempt_last()
 
     def check_integrity(self) -> None:
         """Assert that every sequence is in one place, and every block is accounted for."""
@@ -192,7 +232,7 @@ class Scheduler:
 
     def _continue_running(self, scheduled: list[ScheduledSequence]) -> tuple[int, ...]:
         """Grant tokens to running sequences; the request ids of those that had to give way."""
-        budget = self._config.max_num_batched_tokens
+        budget = self._budget
         preempted: list[int] = []
         for sequence in self._running:  # victims leave from its end, behind this one
             if budget == 0:
@@ -207,9 +247,26 @@ class Scheduler:
             budget -= num_tokens
         return tuple(preempted)
 
+    def _run_suspect(self, scheduled: list[ScheduledSequence]) -> tuple[int, ...]:
+        """Give the step to the first suspect alone, whoever has to give way for it."""
+        sequence = next(iter(self._suspects.values()))
+        num_tokens = sequence.num_tokens - sequence.num_computed_tokens
+        preempted: list[int] = []
+        if sequence.status is SequenceStatus.WAITING:
+            if len(self._running) >= self._config.max_num_seqs:
+                preempted.append(self._preempt_last().request_id)
+            while not self._kv_cache_manager.allocate(sequence, num_tokens):
+                preempted.append(self._preempt_last().request_id)
+            del self._waiting[sequence.request_id]
+            sequence.status = SequenceStatus.RUNNING
+            insort(self._running, sequence, key=urgency)
+        num_tokens = min(num_tokens, self._budget)
+        scheduled.append(ScheduledSequence(sequence, num_tokens))
+        return tuple(preempted)
+
     def _start_waiting(self, scheduled: list[ScheduledSequence]) -> None:
         """Start waiting sequences while budget, places and blocks last."""
-        budget = self._config.max_num_batched_tokens - sum(n for _, n in scheduled)
+        budget = self._budget - sum(n for _, n in scheduled)
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             sequence = next(iter(self._waiting.values()))
             if not self._kv_cache_manager.allocate(sequence, sequence.num_tokens):
@@ -228,8 +285,23 @@ class Scheduler:
         self._waiting.move_to_end(victim.request_id, last=False)
         return victim
 
+    def _widen_budget(self) -> None:
+        """After enough steps that fitted, allow larger ones again."""
+        self._steps_since_shed += 1
+        if self._steps_since_shed >= STEPS_BEFORE_WIDENING:
+            self._steps_since_shed = 0
+            self._budget = min(2 * self._budget, self._config.max_num_batched_tokens)
+
+    def _take(self, sequence: Sequence, sampled: SampledToken | None) -> TokenRow:
+        """Take in a draw; a sequence that got none has numbers that are not finite, and ends."""
+        if sampled is not None:
+            return self._append(sequence, sampled)
+        self._remove(sequence)
+        return _token_row(sequence, FinishReason.ERROR)
+
     def _append(self, sequence: Sequence, sampled: SampledToken) -> TokenRow:
         """Give a sequence its next token, and let it go if that was its last."""
+        self._suspects.pop(sequence.request_id, None)
         finish = sequence.append(sampled.token_id)
         if finish is not None:
             self._remove(sequence)
@@ -239,6 +311,7 @@ class Scheduler:
     def _remove(self, sequence: Sequence) -> None:
         """Let a sequence go, and take its blocks back."""
         del self._sequences[sequence.request_id]
+        self._suspects.pop(sequence.request_id, None)
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
             self._kv_cache_manager.free(sequence)

@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from tests.http_harness import MODEL, Harness, beside, serving
 from tests.tiny_models import write_model
-from understudy.actors.http_generation import HttpLimits
+from understudy.actors.http_answers import HttpLimits
 from understudy.protocol.errors import InternalError, Overloaded
 from understudy.protocol.request import FinishReason
 

@@ -243,11 +243,16 @@ def test_detached_start_gives_the_failures_line_and_status(nothing: Cluster) -> 
 ECHO = {"UNDERSTUDY_ENGINE": "echo", "UNDERSTUDY_ECHO_TOKENS_PER_S": "200"}
 
 
-def test_demo_streams_an_answer_and_says_who_made_it() -> None:
+def test_demo_kills_the_engine_in_the_middle_and_ends_with_the_same_bytes() -> None:
     done = run_understudy("demo", environment=ECHO)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "\n\nMade by engine-" in done.stdout
-    assert ", one of 2 engines.\n" in done.stdout
+    assert re.search(r"^── kill -9 \d+: that was engine-[01], ", done.stdout, re.MULTILINE)
+    assert re.search(r"^── engine-[01] goes on, \d+ ms later$", done.stdout, re.MULTILINE)
+    hashes = re.findall(r"^SHA-256, .*: +([0-9a-f]{64})$", done.stdout, re.MULTILINE)
+    assert len(hashes) == 2
+    assert len(set(hashes)) == 1
+    assert "\n── The same bytes. engine-" in done.stdout
+    assert "\033" not in done.stdout
 
 
 def test_demo_that_stays_says_what_to_try_and_ends_with_0_when_interrupted() -> None:

@@ -192,3 +192,20 @@ def test_an_engine_that_dies_too_often_stays_down_and_the_others_serve(cluster: 
     assert complete(cluster)
     cluster.launcher.send_signal(signal.SIGTERM)
     assert cluster.wait_for_end() == 1
+
+
+def test_engines_that_die_together_again_and_again_are_left_down_and_the_rest_serves() -> None:
+    with running_cluster(engines=3) as cluster:
+        for wave in range(3):
+            pids = member_pids(cluster.report())
+            for name in ("engine-0", "engine-1"):
+                os.kill(pids[name], signal.SIGKILL)
+            if wave < 2:
+                for name in ("engine-0", "engine-1"):
+                    wait_for_successor(cluster, name, pids[name])
+        cluster.wait_until(lambda report: "engine-0 is broken, engine-1 is broken" in report.reason)
+        assert "most engines died together again and again" in cluster.log
+        assert complete(cluster)
+        done = cluster.run("restart", "--rolling")
+        assert done.returncode == 0, done.stderr
+        assert cluster.report().state is State.SERVING

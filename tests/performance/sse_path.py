@@ -26,10 +26,11 @@ import uvloop
 from aiohttp import web
 
 from tests.tiny_models import write_model
-from understudy.actors.http_server import listen, serve_http
+from understudy.actors.http_server import serve_http
 from understudy.actors.scripted_gateway import ScriptedGateway
 from understudy.protocol.request import FinishReason, Request
 from understudy.runtime.kit.clock import MonotonicClock
+from understudy.runtime.kit.listening import listen
 from understudy.runtime.served_model import ServedModel
 
 RESULT = "{name:<12} {cpu_us:6.2f} us of CPU a token ({user_us:.2f} user), {rate:8.0f} tokens/s"

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Final
 
-from understudy.actors.engine import Engine
+from tests.simulation.stage import MemoryStore, VirtualCard, VirtualStage
+from understudy.actors.engine import Engine, engine_hello
 from understudy.actors.gateway import Gateway
 from understudy.actors.supervisor import Supervisor
 from understudy.protocol.errors import RequestError
@@ -134,18 +135,26 @@ class Cluster:
         self.engine_names = [f"engine-{number}" for number in range(engines)]
         self.gateway_names = [f"gateway-{number}" for number in range(gateways)]
         self._gateway_of: dict[int, str] = {}
-        self.loop.add(
-            SUPERVISOR,
-            lambda incarnation, clock: CheckedSupervisor(
+        self.stage = VirtualStage()
+        self.store = MemoryStore()
+
+        def make_supervisor(incarnation: int, clock: VirtualClock) -> Supervisor:
+            supervisor = CheckedSupervisor(
                 model="echo",
                 first_epoch=incarnation << 32,
+                journal=self.store,
+                probe=self.stage,
+                stage=self.stage,
                 limits=limits,
                 started_at=clock.now(),
-            ),
-        )
+            )
+            supervisor.restore(self.store.recover(), clock.now())
+            return supervisor
+
+        self.loop.add(SUPERVISOR, make_supervisor)
         self.loop.add(LAUNCHER, lambda _incarnation, _clock: Launcher())
         for name in self.engine_names:
-            self.loop.add(name, partial(make_engine, name, step_s))
+            self.loop.add(name, partial(make_engine, name, step_s, self.stage))
         for name in self.gateway_names:
             self.loop.add(name, partial(make_gateway, name))
 
@@ -186,7 +195,7 @@ class Cluster:
                 client.end = "left"
                 gateway = self._gateway_of[client.request.request_id]
                 if self.loop.is_on_stage(gateway):
-                    self.gateway(gateway).cancel(client.request.request_id)
+                    self.gateway(gateway).cancel(client.request.request_id, client)
                     self.loop.wake(gateway)
 
         self.loop.at(at, go)
@@ -219,7 +228,7 @@ class Cluster:
         self.loop.at(at + back_after_s, lambda: self._restart(name))
 
     def crash_supervisor(self, *, at: float, back_after_s: float) -> None:
-        """Kill the supervisor and start it again; it remembers nothing."""
+        """Kill the supervisor and start it again; it remembers what it wrote down."""
         self.loop.at(at, lambda: self._crash(SUPERVISOR))
         self.loop.at(at + back_after_s, lambda: self._restart(SUPERVISOR))
 
@@ -295,15 +304,26 @@ def make_gateway(name: str, incarnation: int, _clock: VirtualClock) -> Gateway:
     return Gateway(name, pid=pid_of(name, incarnation), model="echo")
 
 
-def make_engine(name: str, step_s: float, incarnation: int, clock: VirtualClock) -> Engine:
+def make_engine(
+    name: str, step_s: float, stage: VirtualStage, incarnation: int, clock: VirtualClock
+) -> Engine:
     """An engine that echoes, small enough that it has to preempt."""
-    return Engine(
+    card = stage.cards[f"{name}.{incarnation}"] = VirtualCard()
+    hello = engine_hello(
         name,
         pid=pid_of(name, incarnation),
+        start_time=incarnation,
         model="echo",
+        numerics="echo",
+        scheduler_config=SCHEDULER,
+        num_blocks=NUM_BLOCKS,
+    )
+    return Engine(
+        hello,
         scheduler_config=SCHEDULER,
         num_blocks=NUM_BLOCKS,
         runner=EchoRunner(clock, vocab_size=VOCAB_SIZE, step_s=step_s),
+        card=card,
         clock=clock,
     )
 
@@ -332,7 +352,7 @@ def draw_requests(seed: int, count: int) -> list[Request]:
 def undisturbed(requests: Iterable[Request]) -> dict[int, list[int]]:
     """The output of each request from one engine that nothing ever happens to."""
     clock = VirtualClock()
-    engine = make_engine("engine-0", 0.0, 1, clock)
+    engine = make_engine("engine-0", 0.0, VirtualStage(), 1, clock)
     engine.handle(Welcome(1), SUPERVISOR, 0.0)
     outputs: dict[int, list[int]] = {}
     for request in requests:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
+from tests.simulation.stage import MemoryStore, VirtualStage
 from understudy.actors.supervisor import (
     PULSE_EVERY_S,
     Supervisor,
@@ -23,8 +24,10 @@ from understudy.protocol.messages import (
     Role,
     StatusReply,
     StatusRequest,
+    StepOutput,
 )
 from understudy.protocol.request import (
+    FinishReason,
     Request,
     SamplingParams,
     TokenLogprobs,
@@ -67,8 +70,16 @@ class Stage:
 
     def __init__(self, *, limits: AdmissionLimits | None = None) -> None:
         self.now = START_S
+        self.machine = VirtualStage()
+        self.store = MemoryStore()
         self.supervisor = Supervisor(
-            model="demo", first_epoch=100, limits=limits, started_at=START_S
+            model="demo",
+            first_epoch=100,
+            journal=self.store,
+            probe=self.machine,
+            stage=self.machine,
+            limits=limits,
+            started_at=START_S,
         )
         self.effects: list[Effect] = []
         self._pids = 40
@@ -96,6 +107,14 @@ class Stage:
         name = identity.rpartition(".")[0]
         hello = Hello(role, name, self._pids, last_epoch, "demo", "h:1", capacity)
         self.turn(identity, hello)
+        if role is Role.ENGINE and last_epoch == 0:
+            self.answer_canary(identity)
+
+    def answer_canary(self, engine: str, *tokens: int) -> None:
+        """Let a new engine answer as every engine does, or with these tokens."""
+        (canary,) = self.sent(engine, Assign)
+        answer = row(canary.request.request_id, 1, tokens or (1, 2, 3), finish=FinishReason.LENGTH)
+        self.turn(engine, StepOutput(1, (answer,)))
 
     def sent(self, to: str, kind: type[T]) -> list[T]:
         """What was sent to someone, of one kind, since it was last asked for; and forget it."""

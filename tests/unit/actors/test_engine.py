@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from understudy.actors.engine import Engine
+from tests.simulation.stage import VirtualCard
+from understudy.actors.engine import ABANDONED_AFTER_S, Engine, engine_hello
 from understudy.protocol.messages import (
     Accepted,
     Assign,
@@ -15,6 +16,7 @@ from understudy.protocol.messages import (
     ClusterState,
     Fenced,
     Hello,
+    Inventory,
     Message,
     Pulse,
     Role,
@@ -33,7 +35,7 @@ from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR, BeatingActor, CloseSession, Effect, OpenSession
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.membership import SUPERVISOR_SILENT_S
-from understudy.runtime.scheduling.decision import SampledToken, StepPlan
+from understudy.runtime.scheduling.decision import Runner, SampledToken, StepPlan
 from understudy.runtime.scheduling.scheduler import SchedulerConfig
 
 NUM_BLOCKS = 16
@@ -47,19 +49,33 @@ def request(
     return Request(request_id, request_id, tuple(range(1, prompt + 1)), sampling)
 
 
+def make_engine(runner: Runner, clock: VirtualClock) -> Engine:
+    hello = engine_hello(
+        "engine-0",
+        pid=41,
+        start_time=7,
+        model="demo",
+        numerics="echo",
+        scheduler_config=CONFIG,
+        num_blocks=NUM_BLOCKS,
+    )
+    return Engine(
+        hello,
+        scheduler_config=CONFIG,
+        num_blocks=NUM_BLOCKS,
+        runner=runner,
+        card=VirtualCard(),
+        clock=clock,
+    )
+
+
 class Stage:
     """An engine, and what it sends."""
 
     def __init__(self, *, step_s: float = 0.0) -> None:
         self.clock = VirtualClock(100.0)
-        self.engine = Engine(
-            "engine-0",
-            pid=41,
-            model="demo",
-            scheduler_config=CONFIG,
-            num_blocks=NUM_BLOCKS,
-            runner=EchoRunner(self.clock, vocab_size=1000, step_s=step_s),
-            clock=self.clock,
+        self.engine = make_engine(
+            EchoRunner(self.clock, vocab_size=1000, step_s=step_s), self.clock
         )
         self.steps: list[int] = []
 
@@ -116,7 +132,15 @@ def test_it_says_hello_with_its_capacity() -> None:
     stage = Stage()
     (send,) = stage.turn()
     capacity = Capacity(4, 64, NUM_BLOCKS, 4)
-    hello = Hello(Role.ENGINE, "engine-0", 41, model="demo", capacity=capacity)
+    hello = Hello(
+        Role.ENGINE,
+        "engine-0",
+        41,
+        model="demo",
+        capacity=capacity,
+        start_time=7,
+        numerics="echo",
+    )
     assert (getattr(send, "to", None), getattr(send, "message", None)) == (SUPERVISOR, hello)
 
 
@@ -164,8 +188,7 @@ def test_a_prompt_longer_than_a_step_says_nothing_until_it_is_read(stage: Stage)
 def test_a_cancelled_request_gives_its_blocks_back_within_a_step(stage: Stage) -> None:
     stage.rows(Assign(request(1, max_tokens=50), 1))
     assert stage.blocks_free < NUM_BLOCKS
-    (row,) = stage.rows(Cancel(1))
-    assert (row.finish, row.tokens) == (FinishReason.CANCELLED, ())
+    assert stage.rows(Cancel(1)) == []  # who cancelled knows that it is over
     assert stage.blocks_free == NUM_BLOCKS
     assert stage.rows(Cancel(1), Cancel(99)) == []
 
@@ -213,14 +236,14 @@ def lost_by_deafness(stage: Stage) -> list[Effect]:
 
 
 @pytest.mark.parametrize("lose", [lost_by_fence, lost_by_silence, lost_by_deafness])
-def test_with_its_session_an_engine_loses_all_its_work_and_asks_for_another(lose: Any) -> None:
+def test_without_its_session_an_engine_plays_on_and_tells_with_the_next_one(lose: Any) -> None:
     stage = Stage()
     stage.join(5)
-    stage.rows(*[Assign(request(number, max_tokens=50), 1) for number in range(10)])
-    assert stage.num_sequences == 10
+    alone = Stage()
+    alone.join(5)
+    expected = alone.run(Assign(request(1, max_tokens=9), 1), Assign(request(2, max_tokens=3), 1))
+    told = stage.rows(Assign(request(1, max_tokens=9), 1), Assign(request(2, max_tokens=3), 1))
     effects = lose(stage)
-    assert stage.num_sequences == 0
-    assert stage.blocks_free == NUM_BLOCKS
     assert CloseSession(SUPERVISOR) in effects
     hellos = [
         message
@@ -229,17 +252,45 @@ def test_with_its_session_an_engine_loses_all_its_work_and_asks_for_another(lose
     ]
     assert [hello.last_epoch for hello in hellos] == [5]
     assert not any(isinstance(getattr(effect, "message", None), StepOutput) for effect in effects)
-    assert stage.rows() == []
-    assert OpenSession(SUPERVISOR, 6) in stage.turn(Welcome(6))
-    assert len(stage.rows(Assign(request(1), 2))) == 1
+    for _ in range(3):
+        assert stage.rows() == []
+    effects = stage.turn(Welcome(6))
+    assert effects[0] == OpenSession(SUPERVISOR, 6)
+    (inventory,) = [m for e in effects if isinstance(m := getattr(e, "message", None), Inventory)]
+    assert inventory.is_last
+    held = {row.request_id: row for row in inventory.rows}
+    assert held[2].finish == FinishReason.LENGTH
+    assert list(held[2].tokens) == expected[2]
+    assert list(held[1].tokens) == expected[1][: len(held[1].tokens)]
+    assert held[1].tokens[:1] == told[0].tokens
+    assert held[1].position == held[2].position == 0
 
 
-def test_without_a_session_nothing_is_reported() -> None:
-    stage = Stage()
-    assert stage.rows(Assign(request(1), 1)) == []
-    stage.join(5)
+def test_an_inventory_holds_what_this_engine_added(stage: Stage) -> None:
+    stage.rows(Assign(request(1, max_tokens=20), 3, (7, 8)))
+    stage.turn(Fenced(5))
+    effects = stage.turn(Welcome(6))
+    (inventory,) = [m for e in effects if isinstance(m := getattr(e, "message", None), Inventory)]
+    (row,) = inventory.rows
+    assert (row.attempt, row.position) == (3, 2)
+    assert row.prefix_hash == extend_prefix_hash(0, (7, 8, *row.tokens))
+
+
+def test_an_engine_whose_supervisor_stays_away_drops_its_work(stage: Stage) -> None:
+    stage.rows(Assign(request(1, max_tokens=60), 1))
+    stage.turn(Fenced(5))
+    stage.clock.sleep(ABANDONED_AFTER_S)
+    stage.turn()
     assert stage.num_sequences == 0
-    assert stage.rows() == []
+    assert stage.blocks_free == NUM_BLOCKS
+
+
+def test_a_later_attempt_takes_the_place_of_an_earlier_one(stage: Stage) -> None:
+    stage.rows(Assign(request(1, max_tokens=20), 1))
+    (row,) = stage.rows(Assign(request(1, max_tokens=20), 2, (5,)))
+    assert (row.attempt, row.position) == (2, 1)
+    (row,) = stage.rows(Assign(request(1, max_tokens=20), 1))
+    assert (row.attempt, row.position) == (2, 2)
 
 
 def test_it_wants_its_next_turn_at_once_while_there_is_work(stage: Stage) -> None:
@@ -288,15 +339,7 @@ class Watching:
 def test_a_heartbeat_tells_what_the_engine_is_doing() -> None:
     runner = Watching()
     clock = VirtualClock(100.0)
-    engine = Engine(
-        "engine-0",
-        pid=41,
-        model="demo",
-        scheduler_config=CONFIG,
-        num_blocks=NUM_BLOCKS,
-        runner=runner,
-        clock=clock,
-    )
+    engine = make_engine(runner, clock)
     runner.engine = engine
     idle = engine.heartbeat(103.0)
     assert (idle.phase, idle.phase_for_s, idle.step, idle.blocks_free) == ("idle", 3.0, 0, 16)

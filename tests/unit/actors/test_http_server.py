@@ -19,9 +19,8 @@ from tests.http_harness import (
     serving,
 )
 from tests.tiny_models import write_model
-from understudy.actors.http_generation import HttpLimits
-from understudy.actors.http_server import listen
-from understudy.protocol.errors import ConfigurationError, Unavailable
+from understudy.actors.http_answers import HttpLimits
+from understudy.protocol.errors import Unavailable
 from understudy.protocol.messages import ClusterState
 from understudy.protocol.request import Request
 
@@ -321,22 +320,3 @@ async def test_requests_that_are_no_http_disturb_neither_others_nor_the_log(
 async def test_very_many_headers_are_refused(harness: Harness) -> None:
     async with harness.post(COMPLETIONS, {"prompt": "x"}, Big="x" * 100_000) as response:
         assert response.status == 400
-
-
-def test_a_port_in_use_is_said_in_one_line() -> None:
-    with listen("127.0.0.1", 0) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{port}"):
-            listen("127.0.0.1", port)
-
-
-@pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 0), ("127.0.0.1", 70_000)])
-def test_an_address_that_is_none_is_said_in_one_line(host: str, port: int) -> None:
-    with pytest.raises(ConfigurationError, match="cannot listen on"):
-        listen(host, port)
-
-
-def test_any_address_of_the_machine_will_do() -> None:
-    for host in ("", "0.0.0.0", "::1", "localhost"):
-        with listen(host, 0) as listener:
-            assert listener.getsockname()[1] > 0

@@ -24,7 +24,7 @@ from tests.http_harness import (
     text_of,
 )
 from tests.tiny_models import END_OF_TEXT_ID, VOCAB_SIZE, write_model
-from understudy.actors.http_generation import HttpLimits
+from understudy.actors.http_answers import HttpLimits
 from understudy.protocol.errors import InternalError, Overloaded
 from understudy.protocol.request import FinishReason, Request, TokenLogprobs
 
@@ -377,7 +377,7 @@ async def test_a_stream_says_so_when_the_server_stops(directory: Path) -> None:
             [error] = await stream.rest()
             assert stream.response.content.at_eof()
         assert error_of(error.data)["code"] == "unavailable"
-        assert harness.gateway.num_open == 0
+        assert harness.gateway.left == [stream.request.request_id]
 
 
 async def test_an_old_client_gets_the_stream_without_chunked_encoding(echo: Harness) -> None:

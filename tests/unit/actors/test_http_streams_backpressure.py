@@ -12,7 +12,7 @@ import uvloop
 
 from tests.http_harness import Harness, serving
 from tests.tiny_models import write_model
-from understudy.actors.http_generation import HttpLimits
+from understudy.actors.http_answers import HttpLimits
 from understudy.protocol.request import Request
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

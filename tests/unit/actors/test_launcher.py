@@ -7,7 +7,7 @@ from pathlib import Path
 
 from understudy.actors.launcher import topology
 from understudy.runtime.config import LauncherConfig, launcher_config
-from understudy.runtime.kit.process import RestartPolicy
+from understudy.runtime.kit.process import ProcessSpec, RestartPolicy
 from understudy.runtime.settings import Defaults, resolve
 
 DEFAULTS = Defaults(model=Path("/bundled/model"), run_dir=Path("/run/understudy"))
@@ -18,8 +18,12 @@ def config(**flags: str) -> LauncherConfig:
     return launcher_config(settings, cores=8)
 
 
+def specs_of(config: LauncherConfig) -> list[ProcessSpec]:
+    return topology(config, listen_fd=9)
+
+
 def test_a_node_is_a_supervisor_its_engines_and_a_gateway() -> None:
-    specs = topology(config(data_parallel_size="3"))
+    specs = specs_of(config(data_parallel_size="3"))
     assert [spec.name for spec in specs] == [
         "supervisor",
         "engine-0",
@@ -31,7 +35,7 @@ def test_a_node_is_a_supervisor_its_engines_and_a_gateway() -> None:
 
 
 def test_each_process_says_in_its_command_line_what_it_is() -> None:
-    for spec in topology(config()):
+    for spec in specs_of(config()):
         role = spec.name.partition("-")[0]
         assert spec.argv[:5] == (sys.executable, "-P", "-m", "understudy.tools.cli", role)
         assert "--run-dir=/run/understudy" in spec.argv
@@ -39,12 +43,15 @@ def test_each_process_says_in_its_command_line_what_it_is() -> None:
 
 
 def test_engines_share_the_cores_also_for_libraries_that_start_threads() -> None:
-    engines = [spec for spec in topology(config(data_parallel_size="4")) if "engine" in spec.argv]
+    engines = [spec for spec in specs_of(config(data_parallel_size="4")) if "engine" in spec.argv]
     assert [spec.environment for spec in engines] == [{"OMP_NUM_THREADS": "2"}] * 4
     assert all("--threads=2" in spec.argv for spec in engines)
 
 
 def test_only_the_gateway_is_told_where_to_listen() -> None:
-    *others, gateway = topology(config(host="::1", port="77"))
+    *others, gateway = specs_of(config(host="::1", port="77"))
     assert {"--host=::1", "--port=77"} <= set(gateway.argv)
     assert not any(word.startswith("--port") for spec in others for word in spec.argv)
+    assert "--listen-fd=9" in gateway.argv
+    assert gateway.descriptors == (9,)
+    assert not any(spec.descriptors for spec in others)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,3 +127,28 @@ def test_a_child_is_in_a_process_group_of_its_own(watching: Watch, tmp_path: Pat
     pid = watching.start(own)
     assert os.getpgid(pid) == pid
     watching.stop([own], limit_s=WAIT_S)
+
+
+def test_a_socket_that_is_attended_to_ends_the_wait(watching: Watch) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        watching.attend(here)
+        there.send(b"x")
+        assert watching.wait(WAIT_S) == []
+        assert here.recv(1) == b"x"
+
+
+def test_a_child_inherits_the_descriptors_of_its_spec_and_no_others(
+    watching: Watch, tmp_path: Path
+) -> None:
+    given, kept = os.pipe()
+    code = (
+        f"import os; os.fstat({given})\ntry: os.fstat({kept})\nexcept OSError: raise SystemExit(9)"
+    )
+    heir = child(tmp_path, code)
+    heir.spec = dataclasses.replace(heir.spec, descriptors=(given,))
+    watching.start(heir)
+    (end,) = watching.wait(WAIT_S)
+    os.close(given)
+    os.close(kept)
+    assert end.status == 9

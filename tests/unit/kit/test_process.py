@@ -17,13 +17,18 @@ from hypothesis import strategies as st
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.kit.process import (
+    CALM_S,
+    WAVE_S,
+    Death,
     Lock,
     LockHeld,
     RestartHistory,
     RestartPolicy,
+    has_open,
     lock_holder,
     prepare_run_directory,
     remove_stale_socket,
+    waves_of_death,
 )
 
 POLICY = RestartPolicy()
@@ -195,3 +200,53 @@ def test_the_holder_of_the_lock_removes_a_stale_socket(tmp_path: Path) -> None:
     assert not path.exists()
     remove_stale_socket(path, lock)
     lock.release()
+
+
+def deaths(*told: tuple[str, float]) -> list[Death]:
+    return [Death(name, at) for name, at in told]
+
+
+def test_engines_that_die_together_make_a_wave_and_one_that_dies_often_makes_none() -> None:
+    assert waves_of_death(deaths(("a", 0.0), ("b", WAVE_S)), 2) == 1
+    assert waves_of_death(deaths(("a", 0.0), ("b", WAVE_S + 0.1)), 2) == 0
+    assert waves_of_death(deaths(*(("a", float(at)) for at in range(10))), 2) == 0
+    assert waves_of_death(deaths(*(("a", float(at)) for at in range(10))), 1) == 0
+
+
+def test_a_wave_needs_a_majority() -> None:
+    assert waves_of_death(deaths(("a", 0.0), ("b", 1.0)), 4) == 0
+    assert waves_of_death(deaths(("a", 0.0), ("b", 1.0), ("c", 2.0)), 4) == 1
+    assert waves_of_death(deaths(("a", 0.0), ("b", 1.0)), 3) == 1
+
+
+def test_waves_are_counted_in_a_row_until_it_was_calm() -> None:
+    pair = [("a", 0.0), ("b", 1.0)]
+    thrice = [(name, at + after) for after in (0.0, 60.0, 120.0) for name, at in pair]
+    assert waves_of_death(deaths(*thrice), 2) == 3
+    late = [(name, at + 121.0 + CALM_S) for name, at in pair]
+    assert waves_of_death(deaths(*thrice, *late), 2) == 1
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcde"), st.floats(0.0, 5.0)), max_size=40),
+    st.integers(2, 5),
+)
+def test_each_wave_takes_a_majority_of_deaths_of_its_own(
+    told: list[tuple[str, float]], num_engines: int
+) -> None:
+    now, history = 0.0, []
+    for name, later_s in told:
+        now += later_s
+        history.append(Death(name, now))
+    waves = waves_of_death(history, num_engines)
+    assert 0 <= waves <= len(history) // max(2, num_engines // 2 + 1)
+    if len({death.name for death in history}) < 2:
+        assert waves == 0
+
+
+def test_who_has_a_file_open_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not has_open(os.getpid(), path)
+    with path.open("w"):
+        assert has_open(os.getpid(), path)
+    assert not has_open(2**22 + 1, path)

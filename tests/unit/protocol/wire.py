@@ -51,6 +51,7 @@ def strategy_for(hint: Any) -> st.SearchStrategy[Any]:
         float: FLOATS,
         str: st.text(max_size=20),
         bool: st.booleans(),
+        bytes: st.binary(max_size=20),
         types.NoneType: st.none(),
     }
     if hint in simple:

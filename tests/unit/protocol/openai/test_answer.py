@@ -22,6 +22,7 @@ from understudy.protocol.openai.chat import CHUNK_KIND as CHAT_KIND
 from understudy.protocol.openai.chat import chat_chunk_encoder
 from understudy.protocol.openai.completions import CHUNK_KIND, completion_chunk_encoder
 from understudy.protocol.openai.logprobs import LEAST_LOGPROB, TokenLogprob, spell_logprobs
+from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.request import FinishReason, TokenLogprobs
 
 HEADING = Heading("chatcmpl-1", 5, 'a "model"')
@@ -58,47 +59,47 @@ def chat_chunk(index: int, delta: dict[str, str], *, has_usage: bool, **more: An
 def test_a_chunk_of_text_is_the_json_that_openai_sends(
     text: str, position: int, has_usage: bool
 ) -> None:
-    encoder = chat_chunk_encoder(HEADING, 0xABC, 2, has_usage=has_usage)
+    encoder = chat_chunk_encoder(HEADING, EventIds(0xABC, [0, 0, 7]), 2, has_usage=has_usage)
     event_id, chunk = read(encoder.encode(position, text))
-    assert event_id == f"0000000000000abc.{position}"
+    assert event_id == f"0000000000000abc.0-0-{position}"
     assert chunk == chat_chunk(2, {"content": text}, has_usage=has_usage)
 
 
 @given(text=st.text(), has_usage=st.booleans())
 def test_the_short_way_gives_the_same_bytes_as_the_long_one(text: str, has_usage: bool) -> None:
     for make_encoder in (chat_chunk_encoder, completion_chunk_encoder):
-        encoder: ChunkEncoder = make_encoder(HEADING, 7, 0, has_usage=has_usage)
+        encoder: ChunkEncoder = make_encoder(HEADING, EventIds(7, [0]), 0, has_usage=has_usage)
         assert encoder.encode(9, text) == encoder.encode_any(9, text, is_first=False)
 
 
 def test_the_first_chunk_of_a_chat_names_the_role(has_usage: bool) -> None:
-    encoder = chat_chunk_encoder(HEADING, 7, 0, has_usage=has_usage)
+    encoder = chat_chunk_encoder(HEADING, EventIds(7, [0]), 0, has_usage=has_usage)
     _, chunk = read(encoder.encode_any(1, "x", is_first=True))
     delta = {"role": "assistant", "content": "x"}
     assert chunk == chat_chunk(0, delta, has_usage=has_usage)
 
 
 def test_the_last_chunk_says_why_it_is_the_last(has_usage: bool) -> None:
-    encoder = chat_chunk_encoder(HEADING, 7, 0, has_usage=has_usage)
+    encoder = chat_chunk_encoder(HEADING, EventIds(7, [0]), 0, has_usage=has_usage)
     _, chunk = read(encoder.encode_any(1, "", is_first=False, finish_reason="stop"))
     assert chunk == chat_chunk(0, {"content": ""}, has_usage=has_usage, finish_reason="stop")
 
 
 def test_a_chunk_can_say_what_it_cost() -> None:
-    encoder = chat_chunk_encoder(HEADING, 7, 0, has_usage=True)
+    encoder = chat_chunk_encoder(HEADING, EventIds(7, [0]), 0, has_usage=True)
     _, chunk = read(encoder.encode_any(1, "x", is_first=False, usage=usage(3, 1)))
     assert chunk["usage"]["total_tokens"] == 4
 
 
 def test_a_chunk_of_a_chat_has_log_probabilities_in_the_shape_of_chats() -> None:
-    encoder = chat_chunk_encoder(HEADING, 7, 0, has_usage=False)
+    encoder = chat_chunk_encoder(HEADING, EventIds(7, [0]), 0, has_usage=False)
     _, chunk = read(encoder.encode_any(1, "x", is_first=False, logprobs=[LOGPROB]))
     [entry] = chunk["choices"][0]["logprobs"]["content"]
     assert entry == {"token": "x", "logprob": -1.0, "bytes": [120], "top_logprobs": []}
 
 
 def test_a_chunk_of_a_completion_has_its_text_and_its_own_log_probabilities() -> None:
-    encoder = completion_chunk_encoder(HEADING, 7, 1, has_usage=False)
+    encoder = completion_chunk_encoder(HEADING, EventIds(7, [0, 0]), 1, has_usage=False)
     _, chunk = read(encoder.encode_any(1, "x", is_first=True, logprobs=[LOGPROB]))
     assert chunk["object"] == CHUNK_KIND
     assert chunk["choices"] == [

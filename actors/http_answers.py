@@ -1,0 +1,277 @@
+"""From requests to a response: streamed or in one piece, of a new call or one that is joined.
+
+A call is answered by what its requests and their presentations say and nothing else, so that it
+makes no difference which gateway answers, and whether it is the one that submitted them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from aiohttp import web
+
+from understudy.actors.gateway import Sink
+from understudy.actors.http_choices import (
+    ChoiceOutput,
+    CollectedAnswer,
+    OpenRequests,
+    RequestPort,
+)
+from understudy.actors.http_streams import EventStream
+from understudy.protocol.errors import Unavailable
+from understudy.protocol.openai import chat, completions
+from understudy.protocol.openai.answer import DONE, ChunkEncoder, Heading, usage, usage_event
+from understudy.protocol.openai.presentation import Presentation
+from understudy.protocol.openai.stream_ids import EventIds
+from understudy.protocol.request import Request
+from understudy.runtime.kit.clock import Clock
+from understudy.runtime.served_model import ServedModel
+
+STOPPING: Final = "the gateway is stopping"
+STREAM_ID_HEADER: Final = "X-Stream-Id"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """What one client may take. The defaults are those of production."""
+
+    body_bytes_max: int = 8 << 20
+    body_timeout_s: float = 30.0
+    keep_alive_s: float = 10.0
+    write_timeout_s: float = 30.0
+    shutdown_timeout_s: float = 30.0
+    """How long open streams may go on when the gateway is told to stop."""
+
+
+class Endpoint(NamedTuple):
+    """How one endpoint shapes its answers."""
+
+    id_prefix: str
+    chunk_kind: str
+    respond: Callable[..., dict[str, Any]]
+    make_encoder: Callable[..., ChunkEncoder]
+
+
+ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
+    {
+        "chat": Endpoint("chatcmpl", chat.CHUNK_KIND, chat.chat_response, chat.chat_chunk_encoder),
+        "completions": Endpoint(
+            "cmpl",
+            completions.CHUNK_KIND,
+            completions.completion_response,
+            completions.completion_chunk_encoder,
+        ),
+    }
+)
+"""By the name that presentations have for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """Requests that are to be answered as one."""
+
+    requests: Sequence[Request]
+    """One for each choice, in order."""
+    presentations: Sequence[Presentation]
+    """One for each request."""
+    echoes: Sequence[str]
+    """What each choice's text begins with."""
+    ignored: tuple[str, ...] = ()
+    """Fields of the body that did not matter."""
+    positions: Sequence[int] | None = None
+    """What the client of a stream that is joined has of each choice; ``None``: a new call."""
+
+    @property
+    def first(self) -> Presentation:
+        """What the presentations of all choices say alike."""
+        return self.presentations[0]
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """How its endpoint shapes answers."""
+        return ENDPOINTS[self.first.endpoint]
+
+    @property
+    def heading(self) -> Heading:
+        """What all objects of the answer begin with."""
+        answer_id = f"{self.endpoint.id_prefix}-{self.requests[0].group_id:016x}"
+        return Heading(answer_id, self.first.created, self.first.model)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counted once."""
+        return sum(len(request.prompt) for request in self.requests[:: self.first.n])
+
+
+class Answers:
+    """Answers calls, and knows which are open.
+
+    Args:
+        port: The gateway's core.
+        wake: Has the core's messages sent soon; called after each submission or cancellation.
+        served: The model.
+        limits: What a client may take.
+        clock: Time for the core.
+    """
+
+    def __init__(
+        self,
+        port: RequestPort,
+        wake: Callable[[], None],
+        served: ServedModel,
+        *,
+        limits: HttpLimits,
+        clock: Clock,
+    ) -> None:
+        self._port = port
+        self._wake = wake
+        self._served = served
+        self._limits = limits
+        self._clock = clock
+        self._calls: dict[OpenRequests, Call] = {}
+        self._all_over = asyncio.Event()
+        self._is_stopping = False
+
+    async def stop(self) -> None:
+        """Wait for the calls that are open, up to a limit; then end them with an error.
+
+        No further ones are taken. What can be joined elsewhere goes on.
+        """
+        self._is_stopping = True
+        try:
+            async with asyncio.timeout(self._limits.shutdown_timeout_s):
+                while self._calls:
+                    self._all_over.clear()
+                    await self._all_over.wait()
+        except TimeoutError:
+            for open_requests, call in list(self._calls.items()):
+                open_requests.fail_all(
+                    Unavailable(STOPPING), go_on=call.first.stream or call.first.is_resumable
+                )
+
+    async def answer(self, http_request: web.Request, call: Call) -> web.StreamResponse:
+        """Submit or join a call's requests, and answer it.
+
+        Raises:
+            RequestError: before anything of the answer was sent.
+        """
+        if self._is_stopping:
+            raise Unavailable(STOPPING)
+        if call.positions is None and any(one.params.max_tokens for one in call.requests):
+            await self._until_serving()
+        open_requests = OpenRequests(self._port, self._wake)
+        self._calls[open_requests] = call
+        try:
+            if call.first.stream:
+                return await self._stream(http_request, call, open_requests)
+            return await self._collect(call, open_requests)
+        finally:
+            if call.first.is_resumable:
+                open_requests.leave_all()
+            else:
+                open_requests.cancel_all()
+            del self._calls[open_requests]
+            if not self._calls:
+                self._all_over.set()
+
+    async def _until_serving(self) -> None:
+        """Wait for an engine for as long as one may be back in a moment."""
+        if self._port.cluster.engines_serving:
+            return
+        is_serving: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def tell(answer: bool) -> None:
+            if not is_serving.done():
+                is_serving.set_result(answer)
+
+        self._port.when_serving(tell, self._clock.now())
+        self._wake()
+        if not await is_serving:
+            raise Unavailable(f"none of {self._port.cluster.engines_known} engines is serving")
+
+    async def _collect(self, call: Call, open_requests: OpenRequests) -> web.Response:
+        """Answer in one piece."""
+        collected = CollectedAnswer(open_requests)
+        outputs = self._outputs(call)
+        sinks = [
+            collected.add(output, echo) for output, echo in zip(outputs, call.echoes, strict=True)
+        ]
+        self._begin(open_requests, call, outputs, sinks)
+        answers = await collected.wait()
+        body = call.endpoint.respond(
+            call.heading, answers, num_prompt_tokens=call.num_prompt_tokens
+        )
+        return json_response(body, headers=_ignored_header(call.ignored))
+
+    async def _stream(
+        self, http_request: web.Request, call: Call, open_requests: OpenRequests
+    ) -> web.StreamResponse:
+        """Answer as server-sent events."""
+        shown, heading, endpoint = call.first, call.heading, call.endpoint
+        stream = EventStream(
+            http_request,
+            open_requests,
+            headers={STREAM_ID_HEADER: heading.answer_id, **_ignored_header(call.ignored)},
+            keep_alive_s=self._limits.keep_alive_s,
+            write_timeout_s=self._limits.write_timeout_s,
+        )
+        has_usage = shown.include_usage or shown.continuous_usage
+        outputs = self._outputs(call)
+        event_ids = EventIds(call.requests[0].group_id, call.positions or [0] * len(call.requests))
+        sinks = []
+        for output, echo in zip(outputs, call.echoes, strict=True):
+            encoder = endpoint.make_encoder(heading, event_ids, output.index, has_usage=has_usage)
+            sinks.append(stream.add(output, echo, encoder, reports_usage=shown.continuous_usage))
+
+        def last_event() -> bytes:
+            if not shown.include_usage:
+                return DONE
+            counts = usage(call.num_prompt_tokens, sum(output.num_tokens for output in outputs))
+            return usage_event(heading, endpoint.chunk_kind, counts) + DONE
+
+        self._begin(open_requests, call, outputs, sinks)
+        return await stream.run(last_event)
+
+    def _outputs(self, call: Call) -> list[ChoiceOutput]:
+        positions = call.positions or [0] * len(call.requests)
+        return [
+            ChoiceOutput(request, presentation, self._served.tokenizer, delivered=position)
+            for request, presentation, position in zip(
+                call.requests, call.presentations, positions, strict=True
+            )
+        ]
+
+    def _begin(
+        self,
+        open_requests: OpenRequests,
+        call: Call,
+        outputs: Sequence[ChoiceOutput],
+        sinks: Sequence[Sink],
+    ) -> None:
+        now = self._clock.now()
+        for output, sink in zip(outputs, sinks, strict=True):
+            if call.positions is None:
+                open_requests.submit(output, sink, now)
+            else:
+                open_requests.join(output, sink)
+
+
+def json_response(
+    body: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    """A response in one piece."""
+    return web.Response(
+        body=msgspec.json.encode(body),
+        status=status,
+        headers=headers,
+        content_type="application/json",
+    )
+
+
+def _ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
+    return {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}

@@ -1,0 +1,38 @@
+"""The canary: a short prompt whose answer is known, for an engine that comes after a dead one.
+
+A machine on which an engine died may be the cause of it: a GPU with a broken memory answers, but
+not the truth. So a new incarnation gets no request before it has made, from a fixed prompt, the
+very tokens that the first engine of its numerics class made.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from understudy.protocol.request import Request, SamplingParams
+
+CANARY_TOKENS: Final = 8
+CANARY_WITHIN_S: Final = 30.0
+"""An engine that has not answered by then is not let in."""
+_PROMPT: Final = (1, 2, 3, 5, 8, 13, 21, 34)
+
+
+def canary_request(request_id: int) -> Request:
+    """The canary, under an id of its own."""
+    params = SamplingParams(seed=0, max_tokens=CANARY_TOKENS, temperature=0.0)
+    return Request(request_id, request_id, _PROMPT, params)
+
+
+class CanaryAnswers:
+    """What each class of numerics answered first."""
+
+    def __init__(self) -> None:
+        self._by_class: dict[str, tuple[int, ...]] = {}
+
+    def check(self, numerics: str, tokens: tuple[int, ...]) -> bool:
+        """Whether an answer is the known one; the first of a class becomes the known one."""
+        return self._by_class.setdefault(numerics, tokens) == tokens
+
+    def is_known(self, numerics: str) -> bool:
+        """Whether there is an answer to compare with."""
+        return numerics in self._by_class

@@ -1,0 +1,54 @@
+"""Quarantine: a request that kills engines must not take the whole company down with it.
+
+When an engine dies in a step, the requests of that step are *suspects*: one of them may have done
+it. A suspect goes on, but alone on its engine, so that a second death convicts nobody else. Two
+deaths convict: the request ends with an error that says a retry cannot help, and its fingerprint
+(what it asks, not who it is) is remembered, so that the same request does not start over under
+another name. Everyone else just goes on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+DEATHS_MAX: Final = 2
+FINGERPRINTS_MAX: Final = 1024
+FINGERPRINT_KEPT_S: Final = 3600.0
+
+
+class Quarantine:
+    """Counts deaths by request, and remembers who was convicted."""
+
+    def __init__(self) -> None:
+        self._deaths: dict[int, int] = {}
+        self._convicted: OrderedDict[bytes, float] = OrderedDict()
+
+    def record_death(self, request_id: int) -> bool:
+        """An engine died in a step of this request; whether that convicts it."""
+        self._deaths[request_id] = self._deaths.get(request_id, 0) + 1
+        return self._deaths[request_id] >= DEATHS_MAX
+
+    def is_suspect(self, request_id: int) -> bool:
+        """Whether the request must run alone."""
+        return request_id in self._deaths
+
+    def convict(self, fingerprint: bytes, now: float) -> None:
+        """Remember what a convicted request asked."""
+        self._convicted[fingerprint] = now
+        self._convicted.move_to_end(fingerprint)
+        while len(self._convicted) > FINGERPRINTS_MAX:
+            self._convicted.popitem(last=False)
+
+    def is_convicted(self, fingerprint: bytes, now: float) -> bool:
+        """Whether a request that asks the same was convicted not long ago."""
+        at = self._convicted.get(fingerprint)
+        return at is not None and now < at + FINGERPRINT_KEPT_S
+
+    def release(self, fingerprint: bytes) -> bool:
+        """Forget a conviction; whether there was one."""
+        return self._convicted.pop(fingerprint, None) is not None
+
+    def forget(self, request_id: int) -> None:
+        """The request has ended."""
+        self._deaths.pop(request_id, None)
