@@ -24,7 +24,10 @@ import msgpack  # type: ignore[import-untyped]
 from understudy.protocol.errors import ProtocolError
 from understudy.protocol.messages import MESSAGE_TYPES, Message, tag_of
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
+"""What this release speaks with its equals. A new one comes with messages that older peers lack."""
+PROTOCOL_VERSION_OLDEST: Final = 1
+"""What it still understands, so that a cluster can be replaced one process at a time."""
 FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 ARRAY_LENGTH_MAX: Final = 1024 * 1024
 TEXT_BYTES_MAX: Final = 1024 * 1024
@@ -57,17 +60,21 @@ class Frame(NamedTuple):
     message: Message
 
 
-def encode(envelope: Envelope, message: Message) -> bytes:
+def encode(envelope: Envelope, message: Message, version: int = PROTOCOL_VERSION_OLDEST) -> bytes:
     """Pack a message into a frame.
+
+    Args:
+        envelope: What surrounds it.
+        message: The message.
+        version: That of the session; what is said without one must be understood by every peer.
 
     Raises:
         ProtocolError: no receiver would accept the frame.
     """
     kind: type = type(message)
-    body = _fields_reader(kind)(message)
-    header = (PROTOCOL_VERSION, *envelope, tag_of(kind))
+    header = (version, *envelope, tag_of(kind))
     try:
-        frame = cast("bytes", msgpack.packb(header + body))
+        frame = cast("bytes", msgpack.packb(header + _fields(message), default=_fields))
     except (OverflowError, ValueError) as error:
         raise ProtocolError(f"{kind.__name__} cannot be packed: {error}") from error
     if len(frame) > FRAME_BYTES_MAX:
@@ -104,8 +111,9 @@ def decode(frame: bytes) -> Frame:
     version, sender, epoch, seq, ack, tag = values[:_HEADER_LENGTH]
     if type(sender) is not str or set(map(type, (version, epoch, seq, ack, tag))) != {int}:
         raise ProtocolError("malformed envelope")
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {version} is not {PROTOCOL_VERSION}")
+    if not PROTOCOL_VERSION_OLDEST <= version <= PROTOCOL_VERSION:
+        spoken = f"{PROTOCOL_VERSION_OLDEST} to {PROTOCOL_VERSION}"
+        raise ProtocolError(f"protocol version {version} is not one of {spoken}")
     kind = MESSAGE_TYPES.get(tag)
     if kind is None:
         raise ProtocolError(f"unknown tag {tag}")
@@ -118,24 +126,14 @@ def decode(frame: bytes) -> Frame:
     return Frame(Envelope(sender, epoch, seq, ack), message)
 
 
-@cache
-def _fields_reader(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    """A function that gives the fields of a message in order, nested dataclasses flattened."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    hints = typing.get_type_hints(kind)
-    nested = {name: _fields_reader(hints[name]) for name in names if _is_dataclass(hints[name])}
+def _fields(record: Any) -> tuple[Any, ...]:
+    """The fields of a message, or of a dataclass within one, in order.
 
-    def read(record: Any) -> tuple[Any, ...]:
-        if not nested:
-            return tuple([getattr(record, name) for name in names])
-        return tuple(
-            [
-                nested[name](getattr(record, name)) if name in nested else getattr(record, name)
-                for name in names
-            ]
-        )
-
-    return read
+    Also asked for what msgpack cannot pack by itself, which may be an integer that is too large.
+    """
+    if not dataclasses.is_dataclass(record):
+        raise OverflowError(f"{type(record).__name__} out of range")
+    return tuple([getattr(record, name) for name in _field_names(type(record))])
 
 
 @cache
@@ -242,10 +240,6 @@ def _check_integers(values: Any) -> tuple[int, ...]:
     if not set(map(type, values)) <= {int}:
         raise TypeError("expected an array of integers")
     return values
-
-
-def _is_dataclass(hint: Any) -> bool:
-    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _field_names(kind: Any) -> tuple[str, ...]:

@@ -98,6 +98,10 @@ class EngineStatus(NamedTuple):
     blocks_total: int
     step: int
     beat_age_s: float
+    numerics: str = ""
+    """The class of its numerics."""
+    num_shed: int = 0
+    """Steps that did not fit its memory, and were planned anew."""
 
 
 class GatewayStatus(NamedTuple):
@@ -132,6 +136,8 @@ class Hello:
     0 if the supervisor cannot ask this process's kernel."""
     numerics: str = ""
     """The class of an engine's numerics: engines of one class make the same bits."""
+    protocol: int = 1
+    """The newest protocol version that it speaks."""
 
 
 @message(2, datagram=True)
@@ -139,6 +145,8 @@ class Welcome:
     """The session is open: its frames carry ``epoch``."""
 
     epoch: int
+    protocol: int = 1
+    """The protocol version of the session: the newest that both speak."""
 
 
 @message(3, datagram=True)
@@ -205,6 +213,8 @@ class ClusterState:
     max_model_len: int
     """The longest context that every serving engine takes; 0 while none serves."""
     is_draining: bool = False
+    numerics: tuple[str, ...] = ()
+    """The classes of numerics among the serving engines, each once, in alphabetical order."""
 
 
 @message(16)
@@ -366,6 +376,12 @@ class StatusReply:
     rejected: int
     resumed: int
     tokens: int
+    resumed_inexact: int = 0
+    """Requests that went on with an engine of another class of numerics than had them first."""
+    quarantined: int = 0
+    """Requests that were given up because engines died of them."""
+    journal_fault: str = ""
+    """Why the journal cannot be written at present; empty: it can."""
 
 
 class DrainMode(IntEnum):
@@ -393,6 +409,21 @@ class DrainReply:
     is_known: bool
     outstanding: int
     """Requests that it still has; 0: it rests."""
+
+
+@message(52, datagram=True)
+class ReleaseRequest:
+    """The command line asks to take back a quarantine. Repeated until it is answered."""
+
+    fingerprint: bytes
+
+
+@message(53, datagram=True)
+class ReleaseReply:
+    """Whether there was such a quarantine; there is none now."""
+
+    fingerprint: bytes
+    is_known: bool
 
 
 Message: TypeAlias = (
@@ -424,5 +455,7 @@ Message: TypeAlias = (
     | StatusReply
     | DrainRequest
     | DrainReply
+    | ReleaseRequest
+    | ReleaseReply
 )
 """The closed union that handlers match over."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import Heartbeat, Message
 
 SUPERVISOR: Final = "supervisor"
@@ -28,6 +29,8 @@ class OpenSession(NamedTuple):
 
     peer: str
     epoch: int
+    protocol: int = PROTOCOL_VERSION
+    """The protocol version of the session."""
 
 
 class CloseSession(NamedTuple):
@@ -49,9 +52,9 @@ class Outbox:
         """Ask for a message to be sent."""
         self._effects.append(Send(to, message))
 
-    def open_session(self, peer: str, epoch: int) -> None:
+    def open_session(self, peer: str, epoch: int, protocol: int = PROTOCOL_VERSION) -> None:
         """Ask for a session to be opened."""
-        self._effects.append(OpenSession(peer, epoch))
+        self._effects.append(OpenSession(peer, epoch, protocol))
 
     def close_session(self, peer: str) -> None:
         """Ask for a session to be forgotten."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import Final
 
+from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import Fenced, Hello, Message, Pulse, Welcome
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 
@@ -30,7 +31,7 @@ class Membership:
     """The member's side of its session with the supervisor."""
 
     def __init__(self, hello: Hello, outbox: Outbox) -> None:
-        self._hello = hello
+        self._hello = replace(hello, protocol=PROTOCOL_VERSION)
         self._outbox = outbox
         self._epoch: int | None = None
         self._heard_at = 0.0
@@ -52,11 +53,11 @@ class Membership:
         """Take in any message from the supervisor."""
         self._heard_at = now
         match message:
-            case Welcome(epoch) if self._epoch is None and epoch > self._hello.last_epoch:
+            case Welcome(epoch, protocol) if self._epoch is None and epoch > self._hello.last_epoch:
                 self._epoch = epoch
                 self._hello = replace(self._hello, last_epoch=epoch)
                 self._speak_at = now
-                self._outbox.open_session(SUPERVISOR, epoch)
+                self._outbox.open_session(SUPERVISOR, epoch, min(protocol, PROTOCOL_VERSION))
                 return MembershipChange.JOINED
             case Fenced(epoch) if epoch == self._epoch:
                 return self.leave(now)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final, NamedTuple
 
-from understudy.protocol.codec import Envelope, decode, encode
+from understudy.protocol.codec import PROTOCOL_VERSION, Envelope, decode, encode
 from understudy.protocol.errors import ProtocolError
 from understudy.protocol.messages import (
     Fenced,
@@ -60,9 +60,10 @@ class Received(NamedTuple):
 class Session:
     """One end of a session: what was sent and not acknowledged, what was received too early."""
 
-    def __init__(self, identity: str, epoch: int) -> None:
+    def __init__(self, identity: str, epoch: int, protocol: int = PROTOCOL_VERSION) -> None:
         self._identity = identity
         self.epoch = epoch
+        self._protocol = protocol
         self._next_seq = 1
         self._unacked: OrderedDict[int, bytes] = OrderedDict()
         self._unacked_bytes = 0
@@ -97,6 +98,7 @@ class Session:
         frame = encode(
             Envelope(self._identity, self.epoch, self._next_seq, self._received),
             message,
+            self._protocol,
         )
         self._unacked[self._next_seq] = frame
         self._unacked_bytes += len(frame)
@@ -108,7 +110,8 @@ class Session:
 
     def datagram(self, message: Message) -> bytes:
         """The frame for a message outside the order. Safe to call from another thread."""
-        return encode(Envelope(self._identity, self.epoch, 0, self._received), message)
+        envelope = Envelope(self._identity, self.epoch, 0, self._received)
+        return encode(envelope, message, self._protocol)
 
     def receive_ack(self, ack: int, now: float) -> None:
         """Forget what the peer has."""
@@ -205,8 +208,8 @@ class SessionTable:
                     frame = self._frame(to, message, now)
                     if frame is not None:
                         frames.append(Outgoing(to, frame))
-                case OpenSession(peer, epoch):
-                    self._sessions[peer] = Session(self.identity, epoch)
+                case OpenSession(peer, epoch, protocol):
+                    self._sessions[peer] = Session(self.identity, epoch, protocol)
                 case CloseSession(peer):
                     self._sessions.pop(peer, None)
         return frames

@@ -14,7 +14,7 @@ from understudy.runtime.kit.membership import (
     MembershipChange,
 )
 
-HELLO = Hello(Role.ENGINE, "engine-0", 41, model="demo")
+HELLO = Hello(Role.ENGINE, "engine-0", 41, model="demo", protocol=2)
 STATE = ClusterState(1, 1, 2048)
 
 
@@ -62,7 +62,7 @@ def test_a_welcome_opens_a_session_and_a_sign_of_life_follows_it(stage: Stage) -
     stage.membership.decide(1.0)
     stage.outbox.take()
     assert stage.membership.handle(Welcome(7), 1.1) is MembershipChange.JOINED
-    assert stage.said() == [OpenSession(SUPERVISOR, 7)]
+    assert stage.said() == [OpenSession(SUPERVISOR, 7, 1)]
     assert stage.membership.is_open
     assert stage.membership.decide(1.1) is None
     assert stage.said() == [Pulse()]
@@ -99,7 +99,7 @@ def test_a_fence_for_its_epoch_ends_the_session_and_hello_names_the_lost_one(mem
     assert not member.membership.is_open
     assert member.membership.decide(101.0) is None
     (hello,) = member.said()
-    assert hello == Hello(Role.ENGINE, "engine-0", 41, model="demo", last_epoch=7)
+    assert hello == Hello(Role.ENGINE, "engine-0", 41, model="demo", last_epoch=7, protocol=2)
 
 
 @pytest.mark.parametrize("epoch", [0, 6, 8])
@@ -107,6 +107,13 @@ def test_a_fence_for_another_epoch_is_old_news(member: Stage, epoch: int) -> Non
     assert member.membership.handle(Fenced(epoch), 101.0) is None
     assert member.membership.is_open
     assert member.said() == []
+
+
+@pytest.mark.parametrize(("offered", "spoken"), [(1, 1), (2, 2), (3, 2)])
+def test_a_session_speaks_the_newest_version_that_both_know(offered: int, spoken: int) -> None:
+    stage = Stage()
+    stage.membership.handle(Welcome(7, offered), 100.0)
+    assert stage.said() == [OpenSession(SUPERVISOR, 7, spoken)]
 
 
 def test_a_fence_without_a_session_is_old_news(stage: Stage) -> None:
@@ -121,7 +128,7 @@ def test_a_late_welcome_of_a_lost_session_does_not_open_it_again(member: Stage, 
     assert member.membership.handle(Welcome(epoch), 101.1) is None
     assert not member.membership.is_open
     assert member.membership.handle(Welcome(8), 101.2) is MembershipChange.JOINED
-    assert member.said() == [OpenSession(SUPERVISOR, 8)]
+    assert member.said() == [OpenSession(SUPERVISOR, 8, 1)]
 
 
 def test_a_silent_supervisor_counts_as_lost_and_not_a_moment_earlier(member: Stage) -> None:

@@ -7,11 +7,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
+import msgpack  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from understudy.protocol.codec import Envelope, decode, encode
+from understudy.protocol.codec import (
+    PROTOCOL_VERSION,
+    PROTOCOL_VERSION_OLDEST,
+    Envelope,
+    decode,
+    encode,
+)
 from understudy.protocol.messages import (
     Cancel,
     Dying,
@@ -441,3 +448,17 @@ def test_sessions_of_several_peers_do_not_mix() -> None:
         ("b", (2, 1)),
         ("a", (1, 2)),
     ]
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL_VERSION_OLDEST, PROTOCOL_VERSION])
+def test_a_session_is_spoken_in_its_version_and_whatever_is_about_sessions_in_the_oldest(
+    protocol: int,
+) -> None:
+    table = SessionTable("supervisor")
+    table.outgoing([OpenSession("engine-0.1", 5, protocol)], 0.0)
+    effects: list[Effect] = [
+        Send("engine-0.1", message) for message in (Cancel(1), Pulse(), Welcome(5, protocol))
+    ]
+    frames = table.outgoing(effects, 0.0)
+    spoken = [msgpack.unpackb(frame)[0] for _, frame in frames]
+    assert spoken == [protocol, protocol, PROTOCOL_VERSION_OLDEST]

@@ -27,6 +27,8 @@ from tests.unit.protocol.wire import (
 from understudy.protocol.codec import (
     ARRAY_LENGTH_MAX,
     FRAME_BYTES_MAX,
+    PROTOCOL_VERSION,
+    PROTOCOL_VERSION_OLDEST,
     TEXT_BYTES_MAX,
     Envelope,
     Frame,
@@ -52,7 +54,10 @@ from understudy.protocol.messages import (
 from understudy.protocol.request import Request, TokenLogprobs, TokenRow
 
 ENVELOPE = Envelope("engine-0.17", 3, 2, 1)
-GOLDEN = Path(__file__).with_name("golden_frames.txt")
+GOLDEN = {
+    version: Path(__file__).with_name(f"golden_frames_{version}.txt")
+    for version in range(PROTOCOL_VERSION_OLDEST, PROTOCOL_VERSION + 1)
+}
 ODD_VALUES: tuple[Any, ...] = (
     None,
     True,
@@ -151,20 +156,49 @@ def test_an_integer_where_a_float_is_declared_becomes_a_float() -> None:
 # Golden bytes
 
 
-def golden_frames() -> Iterator[tuple[str, bytes]]:
-    for line in GOLDEN.read_text().splitlines():
+def golden_frames(version: int) -> Iterator[tuple[str, bytes]]:
+    for line in GOLDEN[version].read_text().splitlines():
         name, _, digits = line.partition(" ")
         yield name, bytes.fromhex(digits)
 
 
 def test_bytes_on_the_wire_are_what_they_always_were() -> None:
-    made = {type(example).__name__: encode(ENVELOPE, example) for example in EXAMPLES}
-    assert made == dict(golden_frames())
+    made = {
+        type(example).__name__: encode(ENVELOPE, example, PROTOCOL_VERSION) for example in EXAMPLES
+    }
+    assert made == dict(golden_frames(PROTOCOL_VERSION))
 
 
 def test_bytes_of_old_still_mean_what_they_meant() -> None:
-    meant = {name: decode(raw) for name, raw in golden_frames()}
+    meant = {name: decode(raw) for name, raw in golden_frames(PROTOCOL_VERSION)}
     assert meant == {type(example).__name__: Frame(ENVELOPE, example) for example in EXAMPLES}
+
+
+def test_bytes_of_the_version_before_still_mean_what_they_meant() -> None:
+    examples = {type(example).__name__: example for example in EXAMPLES}
+    for name, raw in golden_frames(PROTOCOL_VERSION_OLDEST):
+        decoded = decode(raw).message
+        assert type(decoded).__name__ == name
+        told = msgpack.unpackb(raw, use_list=False)[6:]
+        assert_grown(told, wire_fields(decoded))
+        assert_grown(told, wire_fields(examples[name]))
+
+
+def assert_grown(old: Any, new: Any) -> None:
+    """Assert that a record holds what an older one held, at its places, and only more behind it."""
+    if isinstance(old, tuple):
+        assert len(old) <= len(new)
+        for old_part, new_part in zip(old, new, strict=False):
+            assert_grown(old_part, new_part)
+    else:
+        assert old == new
+
+
+def test_versions_beside_the_accepted_ones_are_refused() -> None:
+    raw = encode(ENVELOPE, EXAMPLES[0], PROTOCOL_VERSION)
+    assert decode(raw) == Frame(ENVELOPE, EXAMPLES[0])
+    for version in (PROTOCOL_VERSION_OLDEST - 1, PROTOCOL_VERSION + 1):
+        refuse(encode(ENVELOPE, EXAMPLES[0], version))
 
 
 # Older and newer peers
@@ -296,7 +330,8 @@ def as_wire(value: Any) -> Any:
 def test_a_header_takes_one_version_one_text_and_counters(name: str, odd: Any) -> None:
     raw = frame_of(Pulse, (), **{name: odd})
     is_counter = type(odd) is int and odd >= 0
-    is_taken = {"sender": type(odd) is str, "version": False, "tag": False}
+    is_version = is_counter and PROTOCOL_VERSION_OLDEST <= odd <= PROTOCOL_VERSION
+    is_taken = {"sender": type(odd) is str, "version": is_version, "tag": False}
     if is_taken.get(name, is_counter):
         assert decode(raw).message == Pulse()
     else:
@@ -308,7 +343,7 @@ def test_a_short_header_is_refused(length: int) -> None:
     refuse(pack(*(1, "a", 0, 0, 0, 4)[:length]))
 
 
-@pytest.mark.parametrize("tag", [-1, 0, 10, 15, 22, 50, 255, 2**40])
+@pytest.mark.parametrize("tag", [-1, 0, 10, 15, 27, 60, 255, 2**40])
 def test_an_unknown_tag_is_refused(tag: int) -> None:
     assert tag not in MESSAGE_TYPES
     refuse(frame_of(Pulse, (), tag=tag))

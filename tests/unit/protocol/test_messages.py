@@ -34,11 +34,21 @@ TAGS = {
     "Deliver": 19,
     "Failed": 20,
     "Cancel": 21,
+    "Attach": 22,
+    "Reclaim": 23,
+    "Lookup": 24,
+    "Found": 25,
+    "Duplicate": 26,
     "Assign": 32,
     "StepOutput": 33,
     "Refused": 34,
+    "Inventory": 35,
     "StatusRequest": 48,
     "StatusReply": 49,
+    "DrainRequest": 50,
+    "DrainReply": 51,
+    "ReleaseRequest": 52,
+    "ReleaseReply": 53,
 }
 DATAGRAMS = {
     "Hello",
@@ -51,6 +61,10 @@ DATAGRAMS = {
     "ProcessExited",
     "StatusRequest",
     "StatusReply",
+    "DrainRequest",
+    "DrainReply",
+    "ReleaseRequest",
+    "ReleaseReply",
 }
 
 

@@ -96,7 +96,7 @@ def conforms(hint: Any, value: Any) -> bool:
         return any(conforms(argument, value) for argument in arguments)
     if hint is float:
         return type(value) in {float, int}
-    if hint in {int, str, bool, types.NoneType}:
+    if hint in {int, str, bool, bytes, types.NoneType}:
         return type(value) is hint
     if issubclass(hint, IntEnum):
         return type(value) is int and value in set(hint)
@@ -118,6 +118,6 @@ def is_built(hint: Any, value: Any) -> bool:
         return any(is_built(argument, value) for argument in arguments)
     if type(value) is not hint:
         return False
-    if hint in {int, float, str, bool, types.NoneType} or issubclass(hint, IntEnum):
+    if hint in {int, float, str, bool, bytes, types.NoneType} or issubclass(hint, IntEnum):
         return True
     return all(is_built(inner, getattr(value, name)) for name, inner in hints_of(hint).items())
