@@ -65,6 +65,7 @@ def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
     # Here and not above: torch takes a second to import, and only an engine with a model needs it.
     import torch
 
+    from understudy.runtime.model.exactness import numerics_class, prove_exactness
     from understudy.runtime.model.kv_cache import blocks_that_fit
     from understudy.runtime.model.loader import default_dtype, load_model
     from understudy.runtime.model.runner import ModelRunner
@@ -100,9 +101,8 @@ def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
             raise ConfigurationError(size.warning)
         max_model_len = size.num_blocks * config.block_size
         get_logger().warning(size.warning, max_model_len=max_model_len)
-    numerics = "-".join(
-        (config.numerics, device, str(dtype).removeprefix("torch."), str(torch.get_num_threads()))
-    )
+    if config.numerics == "exact":
+        prove_exactness(model, block_size=config.block_size)
     get_logger().info(
         "model is loaded",
         model=config.model.name,
@@ -113,6 +113,9 @@ def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
         kv_cache=size.reason,
     )
     runner = ModelRunner(model, num_blocks=size.num_blocks, block_size=config.block_size)
+    numerics = numerics_class(
+        config.model, dtype=dtype, device=torch_device, numerics=config.numerics
+    )
     return Loaded(runner, max_model_len, size.num_blocks, numerics)
 
 
