@@ -38,6 +38,7 @@ from understudy.runtime.kit.process import (
     LAUNCHER_LOCK,
     LAUNCHER_SOCKET,
     SUPERVISOR_LOCK,
+    TIRELESS,
     WAVES_MAX,
     Death,
     Lock,
@@ -295,6 +296,9 @@ class Launcher:
         if serving < wanted or not any(gateway.address for gateway in reply.gateways):
             return
         self._is_ready = True
+        for child in self.children:
+            if child not in self.engines:
+                child.history.follow(TIRELESS)
         on_ready(Ready(address_of(self._listener), reply.model, serving))
 
     # What a rolling restart does with a node
@@ -320,6 +324,8 @@ class Launcher:
             config = dataclasses.replace(self._gateway_config, name=name)
             spec = gateway_spec(config, self._listener.fileno())
         new = self._child(spec)
+        if child not in self.engines:
+            new.history.follow(TIRELESS)
         self._start(new)
         self._without_part[new] = math.inf
         self._replaced = child

@@ -42,9 +42,10 @@ class RestartPolicy:
     of Erlang/OTP's supervisors). A first death is answered at once, because most deaths are
     single. Each further one waits twice as long as the one before, until a process has lived for
     ``window_s``: so one that takes its time to fail does not fail for ever at full speed.
+    ``deaths_max`` ``None`` means that it is started again for ever.
     """
 
-    deaths_max: int = 3
+    deaths_max: int | None = 3
     window_s: float = 60.0
     backoff_s: float = 1.0
     backoff_max_s: float = 60.0
@@ -63,6 +64,10 @@ class ProcessSpec:
     """Open files that it inherits, by these same numbers."""
 
 
+TIRELESS: Final = RestartPolicy(deaths_max=None, window_s=1.0, backoff_s=0.1, backoff_max_s=5.0)
+"""For what has served already, starts in a moment, and without which nothing is served at all."""
+
+
 class RestartHistory:
     """Decides, death by death, when a process may start again. Reads no clock."""
 
@@ -72,6 +77,10 @@ class RestartHistory:
         self._deaths: deque[float] = deque()
         self._failures = 0
         self._started_at = 0.0
+
+    def follow(self, policy: RestartPolicy) -> None:
+        """From now on, another policy holds."""
+        self._policy = policy
 
     def delay_after_death(self, now: float, *, jitter: float) -> float | None:
         """Seconds until the next start; ``None``: it died too often and stays down.
@@ -86,7 +95,7 @@ class RestartHistory:
         while self._deaths and now - self._deaths[0] > policy.window_s:
             self._deaths.popleft()
         self._deaths.append(now)
-        if len(self._deaths) > policy.deaths_max:
+        if policy.deaths_max is not None and len(self._deaths) > policy.deaths_max:
             return None
         self.restarts += 1
         if now - self._started_at > policy.window_s:

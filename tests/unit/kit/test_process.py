@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.kit.process import (
     CALM_S,
+    TIRELESS,
     WAVE_S,
     Death,
     Lock,
@@ -79,11 +80,21 @@ def test_a_process_that_takes_its_time_to_fail_waits_ever_longer() -> None:
     assert delays == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
 
 
+def test_what_everything_hangs_on_is_started_again_for_ever_and_at_once_if_it_had_served() -> None:
+    history = RestartHistory(POLICY)
+    history.follow(TIRELESS)
+    assert [history.delay_after_death(2.0 * n, jitter=1.0) for n in range(1, 30)] == [0.0] * 29
+    quick = [history.delay_after_death(58.1 + 0.01 * n, jitter=1.0) for n in range(1, 20)]
+    assert quick[:4] == [0.1, 0.2, 0.4, 0.8]
+    assert quick[-1] == TIRELESS.backoff_max_s
+
+
 @given(
     gaps=st.lists(st.floats(0.0, 200.0), max_size=40),
     jitter=st.floats(0.0, 1.0),
 )
 def test_never_more_than_the_intensity_within_any_window(gaps: list[float], jitter: float) -> None:
+    assert POLICY.deaths_max is not None
     history = RestartHistory(POLICY)
     now, starts = 0.0, []
     for gap in gaps:

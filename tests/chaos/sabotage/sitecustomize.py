@@ -1,0 +1,164 @@
+"""Faults inside real processes, for the chaos suite alone: nothing of this is in the product.
+
+Python imports a module of this name from its path before anything else. With the environment
+variable ``CHAOS_DIR`` set, every engine of the cluster looks, at each step, for a file of its name
+in that directory, and does what it says, once or for as long as the file is there::
+
+    hang                this step never returns
+    hold SECONDS        this step holds the interpreter's lock for so long
+    slow SECONDS        every step takes so much longer
+    oom                 steps with more than one sequence do not fit the device
+    nan REQUESTS        so many sequences get no finite numbers; 0: none does, and the engine ends
+    poison TOKEN        a step with a prompt that begins with this token kills the process
+    start-dead          the process ends before it has joined
+    numerics CLASS      the engine says that its numerics are of this class
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DIRECTORY = os.environ.get("CHAOS_DIR", "")
+CLOCK_FILE = "clock"
+
+
+def _name() -> str:
+    """Which engine this process is, if it is one."""
+    if "engine" not in sys.orig_argv:
+        return ""
+    for number, word in enumerate(sys.orig_argv):
+        if word == "--name" and number + 1 < len(sys.orig_argv):
+            return sys.orig_argv[number + 1]
+        if word.startswith("--name="):
+            return word.partition("=")[2]
+    return "engine-0"
+
+
+def _fault() -> list[str]:
+    for name in (_name(), "engines"):
+        try:
+            return (Path(DIRECTORY) / name).read_text().split()
+        except OSError:
+            continue
+    return []
+
+
+def _take() -> None:
+    """A fault that happens once."""
+    for name in (_name(), "engines"):
+        (Path(DIRECTORY) / name).unlink(missing_ok=True)
+
+
+def _before_step(plan: Any) -> None:
+    from understudy.runtime.scheduling.decision import OutOfMemory
+
+    match _fault():
+        case ["hang"]:
+            _take()
+            while True:
+                time.sleep(1)
+        case ["hold", seconds]:
+            _take()
+            sys.setswitchinterval(1000)
+            end = time.monotonic() + float(seconds)
+            while time.monotonic() < end:
+                pass
+            sys.setswitchinterval(0.005)
+        case ["slow", seconds]:
+            time.sleep(float(seconds))
+        case ["oom"]:
+            if len(plan.scheduled) > 1:
+                raise OutOfMemory("injected")
+        case ["poison", token]:
+            if any(s.sequence.token_ids[0] == int(token) for s in plan.scheduled):
+                os.kill(os.getpid(), signal.SIGKILL)
+        case _:
+            pass
+
+
+def _after_step(drawn: dict[int, Any]) -> dict[int, Any]:
+    from understudy.runtime.scheduling.decision import EngineFault
+
+    match _fault():
+        case ["nan", count] if drawn:
+            if int(count) == 0:
+                _take()
+                raise EngineFault("injected: no logits are finite")
+            if len(drawn) > int(count):
+                _take()
+                return dict(list(drawn.items())[int(count) :])
+    return drawn
+
+
+def _sabotage() -> None:
+    from understudy.actors import loading, main
+    from understudy.actors.loading import Loaded
+    from understudy.runtime.config import EngineConfig
+    from understudy.runtime.kit.clock import Clock
+
+    def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
+        loaded = loading.load_runner(config, clock)
+        execute = loaded.runner.execute
+
+        def sabotaged(plan: Any) -> dict[int, Any]:
+            _before_step(plan)
+            return _after_step(execute(plan))
+
+        loaded.runner.execute = sabotaged  # type: ignore[method-assign]
+        match _fault():
+            case ["start-dead"]:
+                os._exit(1)
+            case ["numerics", name]:
+                return loaded._replace(numerics=name)
+            case _:
+                return loaded
+
+    main.load_runner = load_runner  # type: ignore[attr-defined]
+
+
+class _Finder:
+    """Sabotages the engine's main module as soon as it is imported."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any, target: Any = None) -> Any:
+        if name != "understudy.actors.main":
+            return None
+        import importlib.util
+
+        sys.meta_path.remove(_Finder)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            sys.modules[name] = module
+            _sabotage()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _bend_the_clock() -> None:
+    """The wall clock of this process is off by what a file says; nothing else is."""
+    wall_clock = time.time
+
+    def bent() -> float:
+        try:
+            return wall_clock() + float((Path(DIRECTORY) / CLOCK_FILE).read_text())
+        except (OSError, ValueError):
+            return wall_clock()
+
+    time.time = bent
+
+
+if DIRECTORY:
+    _bend_the_clock()
+    if _name():
+        sys.meta_path.insert(0, _Finder)

@@ -1,0 +1,77 @@
+"""The calls that chaos runs: of every kind, and the same for the same seed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Final
+
+from tests.chaos.clients import Call
+
+_STARTS: Final = (
+    "def read_file(path):\n",
+    "import os\n\nclass Cache:\n    def __init__(self",
+    "for line in ",
+    "# Überprüft die Größe · naïve façade 😀\nif size > ",
+    "try:\n    value = int(text)\nexcept ValueError:\n",
+    'print(f"',
+)
+_STOPS: Final = (["\n\n"], ["return", "self."], [")"], ["e"])
+
+
+def mixed_calls(count: int, *, seed: int, max_tokens: int) -> list[Call]:
+    """Greedy and sampled, completions and chats, with stop strings, n = 2, logprobs, penalties."""
+    source = random.Random(seed)
+    return [_mixed_call(source, max_tokens) for _ in range(count)]
+
+
+def plain_calls(count: int, *, seed: int, max_tokens: int) -> list[Call]:
+    """Completions that run to their full length."""
+    source = random.Random(seed)
+    return [
+        Call(
+            "/v1/completions",
+            {
+                "model": "understudy-demo",
+                "stream": True,
+                "seed": source.getrandbits(63),
+                "prompt": source.choice(_STARTS),
+                "max_tokens": max_tokens,
+                "ignore_eos": True,
+            },
+        )
+        for _ in range(count)
+    ]
+
+
+def _mixed_call(source: random.Random, max_tokens: int) -> Call:
+    body: dict[str, Any] = {
+        "model": "understudy-demo",
+        "stream": True,
+        "seed": source.getrandbits(63),
+        "max_tokens": source.randint(max_tokens // 2, max_tokens),
+        "stream_options": {"include_usage": source.random() < 0.5},
+    }
+    prompt = "".join(source.choices(_STARTS, k=source.randint(1, 6)))
+    if source.random() < 0.5:
+        body["temperature"] = 0
+    else:
+        body |= {"temperature": source.uniform(0.3, 1.3), "top_p": source.uniform(0.7, 1.0)}
+    if source.random() < 0.2:
+        body["stop"] = source.choice(_STOPS)
+    if source.random() < 0.2:
+        body["n"] = 2
+    if source.random() < 0.2:
+        body["presence_penalty"] = source.uniform(-1, 1)
+        body["frequency_penalty"] = source.uniform(-1, 1)
+    if source.random() < 0.2:
+        body["logit_bias"] = {str(source.randrange(3, 4000)): source.uniform(-5, 5)}
+    if source.random() < 0.7:
+        body["ignore_eos"] = True
+    is_chat = source.random() < 0.3
+    if source.random() < 0.3:
+        body |= {"logprobs": True, "top_logprobs": 2} if is_chat else {"logprobs": 2}
+    if is_chat:
+        body["messages"] = [{"role": "user", "content": prompt}]
+        return Call("/v1/chat/completions", body)
+    body["prompt"] = prompt
+    return Call("/v1/completions", body)
