@@ -40,6 +40,12 @@ INVENTORY_TOKENS: Final = 64 * 1024
 """Tokens in one message of an inventory, unless a single request has more."""
 
 
+SHED_PAUSE_S: Final = 0.002
+SHED_PAUSE_MAX_S: Final = 1.0
+"""After a step that did not fit: whoever else uses the memory may give it back. Doubled each time.
+"""
+
+
 class StepCard(Protocol):
     """Where the engine notes which requests the present step runs, for whoever finds it dead."""
 
@@ -96,6 +102,7 @@ class Engine:
         self._clock = clock
         self._step = 0
         self._num_shed = 0
+        self._pause_until = float("-inf")
         self._phase = "idle"
         self._phase_since = clock.now()
         self._membership = Membership(hello, self.outbox)
@@ -109,8 +116,10 @@ class Engine:
 
     @property
     def wake_at(self) -> float | None:
-        """At once while there is work."""
-        return self._clock.now() if self._scheduler.has_work else self._membership.wake_at
+        """At once while there is work, unless the device has to be given time."""
+        if not self._scheduler.has_work:
+            return self._membership.wake_at
+        return min(max(self._clock.now(), self._pause_until), self._membership.wake_at)
 
     def handle(self, message: Message, sender: str, now: float) -> None:  # noqa: ARG002
         """Take in a message from the supervisor, the only one who speaks to an engine."""
@@ -133,7 +142,7 @@ class Engine:
         self._change(self._membership.decide(now), now)
         if self._alone_since is not None and now >= self._alone_since + ABANDONED_AFTER_S:
             self._drop_all()
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule() if now >= self._pause_until else None
         if plan is not None:
             self._report(self._run(plan))
 
@@ -163,6 +172,8 @@ class Engine:
         except OutOfMemory:
             self._scheduler.shed(plan)
             self._num_shed += 1
+            pause_s = SHED_PAUSE_S * 2.0 ** min(self._scheduler.num_sheds_in_a_row, 16)
+            self._pause_until = self._clock.now() + min(pause_s, SHED_PAUSE_MAX_S)
             rows = []
         self._card.leave()
         self._step += 1

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
+from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.errors import from_code
 from understudy.protocol.messages import (
     Assign,
@@ -50,11 +51,13 @@ from understudy.runtime.control.ledger import Entry
 from understudy.runtime.control.registry import Member, MemberState
 from understudy.runtime.kit.actor import Outbox
 from understudy.runtime.storage.image import HeldRequest
-from understudy.runtime.storage.journal import Journal
+from understudy.runtime.storage.journal import Degraded, Journal
 from understudy.runtime.storage.records import Record
 from understudy.runtime.storage.recovery import Recovery
 
 PULSE_EVERY_S: Final = 0.25
+INVENTORY_SINCE: Final = 2
+"""The protocol version from which on engines keep their requests from one session to the next."""
 HELD_UP_S: Final = 2 * PULSE_EVERY_S
 """A supervisor whose turns are further apart was held up itself, and judges nobody."""
 RECOVERY_GRACE_S: Final = 2.0
@@ -75,6 +78,12 @@ class RecordStore(Protocol):
     @property
     def wake_at(self) -> float | None:
         """When to commit even if nothing was appended."""
+        ...
+
+
+    @property
+    def degraded(self) -> Degraded | None:
+        """Why and since when not everything is on the disk; ``None`` if it is."""
         ...
 
 
@@ -233,9 +242,12 @@ class Supervisor:
             # A new incarnation is proof that the one before it is gone.
             if absent != identity and absent.rpartition(".")[0] == hello.name:
                 self._dispatcher.engine_fell(absent, frozenset(), now)
-        self.outbox.send(identity, Welcome(member.epoch))
+        protocol = min(hello.protocol, PROTOCOL_VERSION)
+        self.outbox.send(identity, Welcome(member.epoch, protocol))
         if greeting.is_new_session:
-            self.outbox.open_session(identity, member.epoch)
+            self.outbox.open_session(identity, member.epoch, protocol)
+            if protocol < INVENTORY_SINCE:
+                self._dispatcher.end_inventory(member)
             self._has_news = True
             if member.state is MemberState.TESTING:
                 self._send_canary(member, now)
@@ -353,6 +365,7 @@ class Supervisor:
             engines_serving=len(lengths),
             engines_known=len(registry.members(Role.ENGINE)),
             max_model_len=min(lengths, default=0),
+            numerics=tuple(sorted({engine.numerics for engine in self._serving_soon()})),
         )
 
     def _serving_soon(self) -> list[Member]:
@@ -363,6 +376,7 @@ class Supervisor:
 
     def _status(self, now: float) -> StatusReply:
         registry, totals = self._company.registry, self._dispatcher.totals
+        degraded = self._journal.degraded
         return StatusReply(
             model=self._model,
             uptime_s=now - self._started_at,
@@ -379,6 +393,9 @@ class Supervisor:
             rejected=totals.rejected,
             resumed=totals.resumed,
             tokens=totals.tokens,
+            resumed_inexact=totals.resumed_inexact,
+            quarantined=totals.quarantined,
+            journal_fault=degraded.reason if degraded is not None else "",
         )
 
     def _engine_status(self, member: Member, now: float) -> EngineStatus:
@@ -396,6 +413,8 @@ class Supervisor:
             blocks_total=0 if capacity is None else capacity.num_blocks,
             step=0 if beat is None else beat.step,
             beat_age_s=now - member.heard_at,
+            numerics=member.numerics,
+            num_shed=0 if beat is None else beat.num_shed,
         )
 
     def _gateway_status(self, member: Member, now: float) -> GatewayStatus:

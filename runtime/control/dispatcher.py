@@ -70,12 +70,14 @@ class Totals:
         "quarantined",
         "rejected",
         "resumed",
+        "resumed_inexact",
         "stale",
         "tokens",
     )
 
     def __init__(self) -> None:
         self.admitted = self.finished = self.rejected = self.tokens = 0
+        self.resumed_inexact = 0
         self.resumed = self.adopted = self.stale = self.broken = self.quarantined = 0
 
 
@@ -225,6 +227,7 @@ class Dispatcher:
                 case Verdict.ACCEPTED:
                     assert entry is not None
                     accepted.append(row)
+                    self._quarantine.lift(row.request_id)
                     self._pass_on(entry, row, engine, now)
                 case Verdict.STALE:
                     self.totals.stale += 1
@@ -246,6 +249,7 @@ class Dispatcher:
             entry = self._ledger.get(row.request_id)
             assert entry is not None
             self.totals.adopted += 1
+            entry.numerics = engine.numerics
             self._queue.remove(row.request_id)
             self._with_engine[engine.identity].add(row.request_id)
             engine.inventory.add(row.request_id)
@@ -272,7 +276,9 @@ class Dispatcher:
         for request_id in sorted(self._with_engine.pop(engine, ())):
             entry = self._ledger.get(request_id)
             assert entry is not None
-            if request_id in suspects and self._quarantine.record_death(request_id):
+            if request_id in suspects and self._quarantine.record_death(
+                request_id, was_alone=len(suspects) == 1
+            ):
                 self.totals.quarantined += 1
                 text = "engines died of this request; it is quarantined"
                 self._fail(entry, Quarantined(text), now)
@@ -296,15 +302,24 @@ class Dispatcher:
             return
         able = {member.identity: member for member in self._serving()}
         while len(self._queue):
-            chosen = router.choose(
-                router.Candidate(identity, self.outstanding(identity), member.capacity.max_num_seqs)
+            candidates = [
+                router.Candidate(
+                    identity,
+                    self.outstanding(identity),
+                    member.capacity.max_num_seqs,
+                    member.numerics,
+                )
                 for identity, member in able.items()
                 if member.capacity is not None
-            )
-            if chosen is None:
+            ]
+            if not any(candidate.credit > 0 for candidate in candidates):
                 return
             request_id = self._queue.pop()
             assert request_id is not None
+            entry = self._ledger.get(request_id)
+            assert entry is not None
+            chosen = router.choose(candidates, numerics=entry.numerics if entry.output else None)
+            assert chosen is not None
             self._assign(request_id, able[chosen.identity], now)
 
     def deliver(self) -> None:
@@ -373,6 +388,9 @@ class Dispatcher:
 
     def _assign(self, request_id: int, engine: Member, now: float) -> None:
         entry = self._ledger.assign(request_id, engine.identity, engine.epoch, now)
+        if entry.output and entry.numerics not in {None, engine.numerics}:
+            self.totals.resumed_inexact += 1
+        entry.numerics = engine.numerics
         self._with_engine[engine.identity].add(request_id)
         self._records.append(
             records.Assign(request_id, entry.attempt, engine.identity, engine.epoch)

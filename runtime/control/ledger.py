@@ -53,6 +53,8 @@ class Entry:
     engine: str | None = None
     """The identity of the engine that it is with; ``None`` while it waits."""
     epoch: int = 0
+    numerics: str | None = None
+    """The class of numerics that its output has; ``None`` before it was given to an engine."""
     progress_at: float = 0.0
     """When it was admitted, assigned for the first time, or last got a token.
 

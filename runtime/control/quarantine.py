@@ -1,10 +1,12 @@
 """Quarantine: a request that kills engines must not take the whole company down with it.
 
 When an engine dies in a step, the requests of that step are *suspects*: one of them may have done
-it. A suspect goes on, but alone on its engine, so that a second death convicts nobody else. Two
-deaths convict: the request ends with an error that says a retry cannot help, and its fingerprint
-(what it asks, not who it is) is remembered, so that the same request does not start over under
-another name. Everyone else just goes on.
+it. A suspect goes on, but its next step is run with nobody else in it, so that a second death
+convicts nobody else. If that step ends well, it was somebody else, and the suspicion is lifted; if
+the engine dies of it, the request is convicted: it ends with an error that says a retry cannot
+help, and its fingerprint (what it asks, not who it is) is remembered, so that the same request does
+not start over under another name. Whoever was in too many fatal steps is convicted in any case, so
+that nothing goes on for ever. Everyone else just goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
-DEATHS_MAX: Final = 2
+FATAL_STEPS_MAX: Final = 4
+"""In so many fatal steps nobody is by accident."""
 FINGERPRINTS_MAX: Final = 1024
 FINGERPRINT_KEPT_S: Final = 3600.0
 
@@ -21,17 +24,25 @@ class Quarantine:
     """Counts deaths by request, and remembers who was convicted."""
 
     def __init__(self) -> None:
-        self._deaths: dict[int, int] = {}
+        self._fatal_steps: dict[int, int] = {}
+        self._suspects: set[int] = set()
         self._convicted: OrderedDict[bytes, float] = OrderedDict()
 
-    def record_death(self, request_id: int) -> bool:
+    def record_death(self, request_id: int, *, was_alone: bool) -> bool:
         """An engine died in a step of this request; whether that convicts it."""
-        self._deaths[request_id] = self._deaths.get(request_id, 0) + 1
-        return self._deaths[request_id] >= DEATHS_MAX
+        self._fatal_steps[request_id] = self._fatal_steps.get(request_id, 0) + 1
+        if was_alone and request_id in self._suspects:
+            return True
+        self._suspects.add(request_id)
+        return self._fatal_steps[request_id] >= FATAL_STEPS_MAX
 
     def is_suspect(self, request_id: int) -> bool:
-        """Whether the request must run alone."""
-        return request_id in self._deaths
+        """Whether the request's next step must be run alone."""
+        return request_id in self._suspects
+
+    def lift(self, request_id: int) -> None:
+        """The request's step has ended well: it was somebody else."""
+        self._suspects.discard(request_id)
 
     def convict(self, fingerprint: bytes, now: float) -> None:
         """Remember what a convicted request asked."""
@@ -51,4 +62,5 @@ class Quarantine:
 
     def forget(self, request_id: int) -> None:
         """The request has ended."""
-        self._deaths.pop(request_id, None)
+        self._fatal_steps.pop(request_id, None)
+        self._suspects.discard(request_id)

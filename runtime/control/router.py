@@ -19,6 +19,7 @@ class Candidate(NamedTuple):
     identity: str
     outstanding: int
     max_num_seqs: int
+    numerics: str = ""
 
     @property
     def credit(self) -> int:
@@ -26,7 +27,15 @@ class Candidate(NamedTuple):
         return CREDIT_WINDOW_BATCHES * self.max_num_seqs - self.outstanding
 
 
-def choose(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The engine with the least outstanding work relative to its batch, or none with credit."""
-    able = [candidate for candidate in candidates if candidate.credit > 0]
-    return min(able, key=lambda c: (c.outstanding / c.max_num_seqs, c.identity), default=None)
+def choose(candidates: Iterable[Candidate], *, numerics: str | None = None) -> Candidate | None:
+    """The engine with the least outstanding work relative to its batch, or none with credit.
+
+    A request that has output already goes to an engine of the class of ``numerics`` that made it,
+    if one has credit: only such an engine goes on with the very bits.
+    """
+
+    def rank(candidate: Candidate) -> tuple[bool, float, str]:
+        is_other = numerics is not None and candidate.numerics != numerics
+        return is_other, candidate.outstanding / candidate.max_num_seqs, candidate.identity
+
+    return min((c for c in candidates if c.credit > 0), key=rank, default=None)

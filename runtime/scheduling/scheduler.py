@@ -47,8 +47,10 @@ from understudy.runtime.scheduling.decision import SampledToken, ScheduledSequen
 from understudy.runtime.scheduling.preemption import preempt_last, urgency
 from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
 
-STEPS_BEFORE_WIDENING: Final = 32
+STEPS_BEFORE_WIDENING: Final = 8
 """Steps that must fit before the budget, once halved, is doubled again."""
+SHEDS_MAX: Final = 16
+"""After so many steps in a row that did not fit, a sequence that cannot be cut down is given up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,8 @@ class Scheduler:
         # Tokens of a step: what the configuration allows, less where a step did not fit.
         self._budget = config.max_num_batched_tokens
         self._steps_since_shed = 0
+        self.num_sheds_in_a_row = 0
+        """Steps that did not fit since the last one that did."""
         self._ended: list[TokenRow] = []
         self._num_arrivals = 0
         self._step = 0
@@ -200,17 +204,21 @@ class Scheduler:
     def shed(self, plan: StepPlan) -> None:
         """A step did not fit the device: plan smaller ones, and make room.
 
-        The budget is halved and the less urgent half of the running sequences gives its blocks
-        back. A sequence that does not fit alone, with the smallest budget, ends with an error.
+        The budget is halved, down to a single token, and the less urgent half of the running
+        sequences gives its blocks back. A sequence that again and again does not fit alone ends
+        with an error.
         """
         assert plan is self._plan, "only the latest step can be shed"
         self._plan = None
-        if len(plan.scheduled) == 1 and plan.num_tokens <= self._config.block_size:
+        self.num_sheds_in_a_row += 1
+        is_small = len(plan.scheduled) == 1 and plan.num_tokens <= self._config.block_size
+        if is_small and self.num_sheds_in_a_row >= SHEDS_MAX:
+            self.num_sheds_in_a_row = 0
             sequence = plan.scheduled[0].sequence
             self._remove(sequence)
             self._ended.append(_token_row(sequence, FinishReason.ERROR))
             return
-        self._budget = max(plan.num_tokens // 2, min(self._budget, self._config.block_size), 1)
+        self._budget = max(plan.num_tokens // 2, 1)
         self._steps_since_shed = 0
         for _ in range(len(self._running) // 2):
             self._preempt_last()
@@ -287,6 +295,7 @@ class Scheduler:
 
     def _widen_budget(self) -> None:
         """After enough steps that fitted, allow larger ones again."""
+        self.num_sheds_in_a_row = 0
         self._steps_since_shed += 1
         if self._steps_since_shed >= STEPS_BEFORE_WIDENING:
             self._steps_since_shed = 0

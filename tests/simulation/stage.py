@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from understudy.runtime.control.health import ProcessState
 from understudy.runtime.control.ledger import Entry
+from understudy.runtime.storage.journal import Degraded
 from understudy.runtime.storage.records import Admit, Assign, End, Record, Step
 
 
@@ -57,6 +58,7 @@ class MemoryStore:
     """A journal that outlives its supervisor, and no machine."""
 
     wake_at: float | None = None
+    degraded: Degraded | None = None
 
     def __init__(self) -> None:
         self._pending: list[Record] = []

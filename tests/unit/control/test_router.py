@@ -64,3 +64,11 @@ def test_the_chosen_has_credit_and_nobody_able_has_less_to_do(engines: list[Cand
 @given(candidates)
 def test_the_choice_does_not_depend_on_the_order(engines: list[Candidate]) -> None:
     assert choose(engines) == choose(reversed(engines)) == choose(sorted(engines))
+
+
+def test_what_has_output_goes_on_with_its_class_of_numerics_if_that_has_credit() -> None:
+    exact, fast = Candidate("e.1", 15, 8, "exact"), Candidate("e.2", 0, 8, "fast")
+    assert choose([exact, fast]) == fast
+    assert choose([exact, fast], numerics="exact") == exact
+    assert choose([exact._replace(outstanding=16), fast], numerics="exact") == fast
+    assert choose([exact, fast], numerics="neither") == fast
