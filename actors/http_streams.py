@@ -83,6 +83,11 @@ class _StreamedChoice:
         # Whether the next chunk is nothing but text, as long as it is not the last.
         self._is_plain = False
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the client knows what comes next."""
+        return self._output.is_replaying
+
     def deliver(self, row: TokenRow, engine: str) -> None:
         """See ``Sink``."""
         output = self._output
@@ -93,6 +98,7 @@ class _StreamedChoice:
                 self._is_complete = True  # the client had its end, too
                 stream.choice_over(output, has_ended=bool(row.finish))
             if output.is_over or not (row.tokens or row.finish):
+                stream.wake()
                 return
         text = output.advance(row)
         if engine != self._engine:
@@ -106,7 +112,7 @@ class _StreamedChoice:
             self.flush()
         if output.is_over:
             stream.choice_over(output, has_ended=bool(row.finish))
-        elif not stream.is_flowing:
+        if not stream.is_flowing:
             stream.wake()
 
     def fail(self, error: RequestError) -> None:
@@ -120,6 +126,8 @@ class _StreamedChoice:
         logprobs = output.take_logprobs()
         if self._is_complete or not (self._held or logprobs or output.finish_reason):
             return
+        if not output.num_tokens and output.finish_reason is None:
+            return  # an echo waits for a token: at position 0 the client has nothing of the choice
         chunk = self._encoder.encode_any(
             output.num_tokens,
             self._held,
@@ -198,13 +206,17 @@ class EventStream:
     async def run(self, last_event: Callable[[], bytes]) -> web.StreamResponse:
         """Stream until all choices are over, and then what ``last_event`` gives.
 
-        Nothing is sent until the requests are taken: a refusal can still be the status.
+        Nothing is sent until the requests are taken, and what the client has of them is found in
+        their output: until then a refusal can still be the status.
 
         Raises:
             RequestError: before the first event.
         """
         is_early = await self._wait_for_news()
-        while not is_early and not self._requests.are_answered:
+        while self._error is None and (
+            self._is_replaying if is_early else not self._requests.are_answered
+        ):
+            self._news.clear()
             is_early = await self._wait_for_news()
         if self._error is not None:
             raise self._error
@@ -247,6 +259,10 @@ class EventStream:
         if self._num_open == 0 or self._error is not None:
             self.is_flowing = False
             self.wake()
+
+    @property
+    def _is_replaying(self) -> bool:
+        return any(choice.is_replaying for choice in self._choices)
 
     async def _open(self) -> None:
         if self._is_chunked:

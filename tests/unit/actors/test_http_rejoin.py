@@ -25,13 +25,15 @@ from tests.http_harness import (
     text_of,
 )
 from tests.tiny_models import write_model
+from understudy.actors.gateway import NOBODY
 from understudy.actors.http_answers import HttpLimits
+from understudy.actors.scripted_gateway import SERVING
 from understudy.protocol.openai.presentation import decode_presentation, encode_presentation
 from understudy.protocol.request import FinishReason, Request
 
 CHAT_BODY: Final = {"model": MODEL, "messages": HELLO, "stream": True}
 LENGTH: Final = FinishReason.LENGTH
-USAGE: Final = {"stream_options": {"include_usage": True}}
+USAGE: Final[dict[str, Any]] = {"stream_options": {"include_usage": True}}
 
 
 @pytest.fixture
@@ -91,11 +93,12 @@ class Open:
 
 
 async def begin(
-    harness: Harness, text: str, path: str = CHAT, headers: dict[str, str] | None = None, **body: Any
+    harness: Harness, text: str, path: str = CHAT, *, is_resumable: bool = False, **body: Any
 ) -> Open:
     """A stream whose engine has said ``text``."""
     fields = {**(CHAT_BODY if path == CHAT else {"prompt": "x", "stream": True}), **body}
-    post = harness.post(path, fields, **(headers or {}))
+    headers = {"X_Resumable": "true"} if is_resumable else {}
+    post = harness.post(path, fields, raw=None, **headers)
     call = asyncio.ensure_future(post.__aenter__())
     request = await harness.submitted(len(harness.gateway.submitted) + 1)
     harness.gateway.deliver(request, *harness.tokens(text))
@@ -104,7 +107,7 @@ async def begin(
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_stream_goes_on_behind_the_last_event(harness: Harness, path: str) -> None:
-    first = await begin(harness, "one", path, {"X_Resumable": "true"}, **USAGE)
+    first = await begin(harness, "one", path, is_resumable=True, **USAGE)
     had = await first.next()
     first.close()
     await harness.gateway.wait_until(lambda gateway: bool(gateway.left))
@@ -336,9 +339,7 @@ async def test_a_resumable_answer_in_one_piece_goes_on_and_can_be_read_as_a_stre
     harness: Harness,
 ) -> None:
     body = {"prompt": "x", "max_tokens": 3}
-    call = asyncio.ensure_future(
-        harness.post(COMPLETIONS, body, X_Resumable="true").__aenter__()
-    )
+    call = asyncio.ensure_future(harness.post(COMPLETIONS, body, X_Resumable="true").__aenter__())
     request = await harness.submitted()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -349,7 +350,7 @@ async def test_a_resumable_answer_in_one_piece_goes_on_and_can_be_read_as_a_stre
 
 
 async def test_a_stop_string_ends_a_request_whose_client_has_left(harness: Harness) -> None:
-    first = await begin(harness, "a", CHAT, {"X_Resumable": "true"}, stop=["cd"])
+    first = await begin(harness, "a", is_resumable=True, stop=["cd"])
     had = await first.next()
     first.close()
     await harness.gateway.wait_until(lambda gateway: bool(gateway.left))
@@ -363,9 +364,6 @@ async def test_a_stop_string_ends_a_request_whose_client_has_left(harness: Harne
 
 
 async def test_calls_wait_while_an_engine_may_be_back_in_a_moment(harness: Harness) -> None:
-    from understudy.actors.gateway import NOBODY
-    from understudy.actors.scripted_gateway import SERVING
-
     harness.gateway.cluster = NOBODY
     harness.gateway.is_hopeful = True
     call = asyncio.ensure_future(harness.answer(COMPLETIONS, {"prompt": "x", "max_tokens": 1}))

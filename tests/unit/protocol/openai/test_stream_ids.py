@@ -44,7 +44,21 @@ def test_positions_may_stand_alone() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "-1", "1-", "-", "1.2", "x", "1e3", "٣", " 1", "1\n", "abc.1", "0000000000000abc.", "9" * 11],
+    [
+        "",
+        "-1",
+        "1-",
+        "-",
+        "1.2",
+        "x",
+        "1e3",
+        "٣",
+        " 1",
+        "1\n",
+        "abc.1",
+        "0000000000000abc.",
+        "9" * 11,
+    ],
 )
 def test_what_is_no_position_is_not_read_as_one(text: str) -> None:
     assert parse_position(text) is None
