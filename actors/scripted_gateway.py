@@ -95,6 +95,10 @@ class ScriptedGateway:
         """Whether a request has not ended."""
         return request.request_id in self._open
 
+    def num_listeners(self, request: Request) -> int:
+        """How many sinks hear what comes of a request that has not ended."""
+        return len(self._open[request.request_id].sinks)
+
     def wake(self) -> None:
         """What the HTTP side calls after each submission or cancellation."""
 
@@ -134,6 +138,7 @@ class ScriptedGateway:
             )
             if not row.finish:
                 scripted.sinks.append(sink)
+                self._changed.set()
             if row.tokens or row.finish:
                 sink.deliver(row, "")
 

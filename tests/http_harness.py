@@ -172,6 +172,7 @@ async def serving(
     *,
     limits: HttpLimits | None = None,
     name: str = MODEL,
+    wall_clock: Callable[[], float] = lambda: NOW,
 ) -> AsyncIterator[Harness]:
     """A server for the model in ``directory``."""
     served = ServedModel.from_directory(directory, name=name, max_model_len=None)
@@ -186,7 +187,7 @@ async def serving(
         clock=VirtualClock(),
         limits=limits or HttpLimits(shutdown_timeout_s=0.1),
         chance=random.Random(1),
-        wall_clock=lambda: NOW,
+        wall_clock=wall_clock,
     )
     try:
         async with aiohttp.ClientSession(f"http://{host}:{port}") as session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -50,6 +51,26 @@ async def test_a_hundred_calls_at_once_are_one_generation(echo: Harness) -> None
     assert len(echo.gateway.submitted) == 2
     assert all(one == answers[0] for one in answers)
     assert answers[0]["choices"][1]["text"] == "abc"
+
+
+async def test_a_call_that_is_repeated_while_it_runs_waits_for_the_same_answer(
+    directory: Path,
+) -> None:
+    seconds = itertools.count(1_700_000_000)
+    async with serving(directory, wall_clock=lambda: next(seconds)) as harness:
+        first = asyncio.ensure_future(answer(harness, BODY))
+        await harness.submitted(2)
+        second = asyncio.ensure_future(answer(harness, BODY))
+        await harness.gateway.wait_until(
+            lambda gateway: all(gateway.num_listeners(one) == 2 for one in gateway.submitted)
+        )
+        for request, text in zip(harness.gateway.submitted, ("x", "y"), strict=True):
+            harness.gateway.deliver(request, *harness.tokens(text), finish=FinishReason.LENGTH)
+        assert await first == await second
+        assert await answer(harness, BODY) == await first
+        assert [choice["text"] for choice in (await first)["choices"]] == ["x", "y"]
+        assert (await first)["created"] == 1_700_000_000
+        assert len(harness.gateway.submitted) == 2
 
 
 async def test_a_later_call_gets_the_finished_answer_as_a_stream_if_it_was_one(
@@ -145,3 +166,18 @@ async def test_a_stream_does_not_begin_before_its_call_is_taken(directory: Path)
         harness.gateway.connect()
         async with await repeated as response:
             assert response.status == 422
+
+
+async def test_a_call_waits_while_the_supervisor_is_away(harness: Harness) -> None:
+    harness.gateway.is_connected = False
+    body = {"prompt": "abc", "max_tokens": 3}
+    waiting = [
+        asyncio.ensure_future(harness.answer(COMPLETIONS, body)),
+        asyncio.ensure_future(answer(harness, body)),
+    ]
+    await harness.gateway.wait_until(lambda gateway: gateway.num_open == 2)
+    harness.gateway.connect()
+    for request in harness.gateway.submitted:
+        harness.gateway.deliver(request, *harness.tokens("xyz"), finish=FinishReason.LENGTH)
+    for call in waiting:
+        assert (await call)["choices"][0]["text"] == "xyz"

@@ -81,6 +81,12 @@ class Open:
             pass
         return event
 
+    async def next_comment(self) -> str:
+        """The next thing, which is a comment."""
+        comment = (await anext(self._events)).comment
+        assert comment is not None
+        return comment
+
     async def rest(self) -> list[Event]:
         return [event async for event in self._events]
 
@@ -144,6 +150,38 @@ async def test_a_running_stream_can_be_joined_beside_its_first_reader(harness: H
     first.say(" three", LENGTH)
     assert text_of([*had, *await first.rest()]) == "one two three"
     assert text_of(await second) == "one two three"
+
+
+async def test_a_stream_can_be_joined_before_anything_was_said(harness: Harness) -> None:
+    post = harness.post(CHAT, CHAT_BODY)
+    call = asyncio.ensure_future(post.__aenter__())
+    request = await harness.submitted()
+    joining = asyncio.ensure_future(join(harness, f"{request.group_id:016x}", Last_Event_ID=""))
+    await harness.gateway.wait_until(lambda gateway: gateway.num_listeners(request) == 2)
+    harness.gateway.deliver(request, *harness.tokens("one"), finish=LENGTH)
+    assert text_of(await joining) == text_of(await Open(harness, await call).rest()) == "one"
+
+
+async def test_who_has_all_that_was_said_is_answered_at_once(harness: Harness) -> None:
+    first = await begin(harness, "one")
+    had = await first.next()
+    assert had.event_id is not None
+    path = f"/v1/streams/{first.stream_id}"
+    async with harness.session.get(path, headers={"Last-Event-ID": had.event_id}) as response:
+        first.say(" two", LENGTH)
+        rest = [event async for event in events(response)]
+    assert text_of([had, *rest]) == "one two"
+    # A stream that waits for a sign of life to be opened begins with it.
+    assert "keep-alive" not in {event.comment for event in rest}
+
+
+async def test_a_stream_is_found_until_it_is_forgotten(harness: Harness) -> None:
+    first = await begin(harness, "one")
+    first.say(" two", LENGTH)
+    for _ in range(3):
+        assert text_of(await join(harness, first.stream_id)) == "one two"
+    harness.gateway.forget()
+    await not_found(harness, f"/v1/streams/{first.stream_id}")
 
 
 async def test_a_reader_who_goes_takes_nothing_from_the_other(harness: Harness) -> None:
@@ -240,6 +278,38 @@ async def test_a_position_behind_a_stop_string_is_not_found(harness: Harness) ->
     assert last.event_id.endswith(".3")
     assert len(await join(harness, first.stream_id, Last_Event_ID=last.event_id)) == 1
     await not_found(harness, f"/v1/streams/{first.stream_id}?starting_after=4")
+
+
+async def test_a_position_behind_one_choices_stop_string_is_not_found(harness: Harness) -> None:
+    call = asyncio.ensure_future(
+        harness.post(CHAT, {**CHAT_BODY, "n": 2, "stop": "b"}).__aenter__()
+    )
+    await harness.submitted(2)
+    for request, text in zip(harness.gateway.submitted, ("aaaa", "abcd"), strict=True):
+        harness.gateway.deliver(request, *harness.tokens(text))
+    stream = Open(harness, await call)
+    await not_found(harness, f"/v1/streams/{stream.stream_id}?starting_after=4-4")
+    assert harness.gateway.num_open == 1
+
+
+async def test_an_echo_is_told_with_the_first_token_and_once(directory: Path) -> None:
+    """A client at position 0 of a choice has nothing of it."""
+    body = {"prompt": "zero ", "stream": True, "echo": True, "n": 2}
+    async with serving(directory, limits=HttpLimits(keep_alive_s=0.02)) as harness:
+        call = asyncio.ensure_future(harness.post(COMPLETIONS, body).__aenter__())
+        await harness.submitted(2)
+        stream = Open(harness, await call)
+        comments = [await stream.next_comment() for _ in range(2)]
+        assert comments == ["keep-alive", "keep-alive"]
+        left, right = harness.gateway.submitted
+        harness.gateway.deliver(right, *harness.tokens("a"))
+        had = await stream.next()
+        assert had.event_id == f"{left.group_id:016x}.0-1"
+        assert had.data["choices"][0]["text"] == "zero a"
+        harness.gateway.deliver(left, *harness.tokens("b"), finish=LENGTH)
+        harness.gateway.deliver(right, *harness.tokens("c"), finish=LENGTH)
+        rest = await join(harness, stream.stream_id, Last_Event_ID=had.event_id)
+    assert [text_of([had, *rest], index) for index in (0, 1)] == ["zero b", "zero ac"]
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,24 @@ async def live(harness: Harness, text: str, **body: Any) -> AsyncIterator[Live]:
         yield Live(harness, request, response)
 
 
+async def test_a_choice_that_ends_at_once_is_told_before_the_others_begin(
+    harness: Harness,
+) -> None:
+    body = {**CHAT_BODY, "stream": True, "n": 2}
+    call = asyncio.ensure_future(harness.post(CHAT, body).__aenter__())
+    await harness.submitted(2)
+    left, right = harness.gateway.submitted
+    harness.gateway.deliver(left, *harness.tokens("a"), finish=LENGTH)
+    async with await call as response:
+        stream = events(response)
+        # A stream that waits for a sign of life to be opened begins with it.
+        told = [await anext(stream), await anext(stream)]
+        assert [event.comment for event in told] == ["engine engine-0 choice 0", None]
+        harness.gateway.deliver(right, *harness.tokens("b"), finish=LENGTH)
+        told += [event async for event in stream]
+    assert [text_of(told, index) for index in (0, 1)] == ["a", "b"]
+
+
 def said(event: Event) -> str:
     """The text of a chunk of a chat."""
     return str(event.data["choices"][0]["delta"]["content"])
