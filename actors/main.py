@@ -37,6 +37,7 @@ from understudy.runtime.kit.stage import FileStepCard, NodeStage, card_path
 from understudy.runtime.log import get_logger
 from understudy.runtime.scheduling.scheduler import SchedulerConfig
 from understudy.runtime.settings import SUPERVISOR_SOCKET
+from understudy.runtime.storage.convicts import ConvictDirectory
 from understudy.runtime.storage.disk import OsDisk
 from understudy.runtime.storage.journal import Journal, JournalOptions
 from understudy.runtime.storage.records import Epoch
@@ -120,16 +121,19 @@ async def _serve_supervisor(config: SupervisorConfig) -> int:
     first_epoch = max(incarnation() << 20, recovery.epoch + 1)
     journal.append([Epoch(first_epoch + (1 << 20))])
     probe = ProcProbe()
+    convicts = ConvictDirectory(config.quarantine_dir)
     supervisor = Supervisor(
         model=config.served_model_name,
         first_epoch=first_epoch,
         journal=journal,
         probe=probe,
-        stage=NodeStage(config.run_dir, probe),
+        stage=NodeStage(config.run_dir, probe, convicts),
         limits=AdmissionLimits(requests_max=config.queue_max),
         started_at=clock.now(),
     )
     supervisor.restore(restored_entries(journal, recovery), clock.now())
+    for fingerprint in convicts.fingerprints():
+        supervisor.dispatcher.quarantine.convict(fingerprint, clock.now())
     try:
         mailbox = Mailbox.bind(zmq.Context.instance(), _address(config.run_dir))
     except zmq.ZMQError as error:

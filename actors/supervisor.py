@@ -34,6 +34,8 @@ from understudy.protocol.messages import (
     Pulse,
     Reclaim,
     Refused,
+    ReleaseReply,
+    ReleaseRequest,
     Role,
     StatusReply,
     StatusRequest,
@@ -41,7 +43,7 @@ from understudy.protocol.messages import (
     Submit,
     Welcome,
 )
-from understudy.protocol.request import TokenRow
+from understudy.protocol.request import Request, TokenRow
 from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.canary import CANARY_WITHIN_S, canary_request
 from understudy.runtime.control.company import Company
@@ -96,6 +98,10 @@ class Stage(Protocol):
 
     def kill(self, pid: int, start_time: int) -> None:
         """End a process at once, if it is still the one that was started then."""
+        ...
+
+    def keep_convict(self, request: Request) -> None:
+        """Keep what a quarantined request asked, for the operator."""
         ...
 
 
@@ -158,6 +164,9 @@ class Supervisor:
                 self._exited(message, now)
             case StatusRequest():
                 self.outbox.send(sender, self._status(now))
+            case ReleaseRequest(fingerprint):
+                is_known = self._dispatcher.quarantine.release(fingerprint)
+                self.outbox.send(sender, ReleaseReply(fingerprint, is_known))
             case DrainRequest(engine, mode):
                 self.outbox.send(sender, self._drain(engine, mode))
             case _ if member is None or not member.is_alive:
@@ -185,6 +194,8 @@ class Supervisor:
         self._dispatcher.deliver()
         self._dispatcher.assign_waiting(now)
         self._announce()
+        for convict in self._dispatcher.take_convicts():
+            self._stage.keep_convict(convict)
         self._journal.append(self._dispatcher.take_records())
         self._journal.commit(now)
         times = (self._chores_at, self._company.next_judgement(now), self._journal.wake_at)

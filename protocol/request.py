@@ -5,7 +5,8 @@ Holds no text: the gateway is the only place that knows what the tokens spell.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -78,6 +79,12 @@ class Request:
     """A digest of the client's idempotency key and tenant, or empty."""
     body_digest: bytes = b""
     """A digest of the call's body, if there is an idempotency key."""
+
+
+def fingerprint(request: Request) -> bytes:
+    """A digest of what a request asks, and of who asks: equal for a retry, whatever its seed."""
+    asked = (request.tenant, request.prompt, replace(request.params, seed=0))
+    return hashlib.sha256(repr(asked).encode()).digest()
 
 
 class TokenLogprobs(NamedTuple):

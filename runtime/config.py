@@ -42,6 +42,11 @@ class SupervisorConfig:
         return (self.state_dir or self.run_dir / "state") / "journal"
 
     @property
+    def quarantine_dir(self) -> Path:
+        """The directory of what quarantined requests asked."""
+        return (self.state_dir or self.run_dir / "state") / "quarantine"
+
+    @property
     def socket(self) -> Path:
         """The socket that every other actor connects to."""
         return self.run_dir / SUPERVISOR_SOCKET
@@ -98,7 +103,7 @@ class LauncherConfig:
     run_dir: Path
     supervisor: SupervisorConfig
     engines: tuple[EngineConfig, ...]
-    gateway: GatewayConfig
+    gateways: tuple[GatewayConfig, ...]
     start_timeout_s: float
     shutdown_timeout_s: float
 
@@ -106,6 +111,11 @@ class LauncherConfig:
     def data_parallel_size(self) -> int:
         """The number of engine processes."""
         return len(self.engines)
+
+    @property
+    def api_server_count(self) -> int:
+        """The number of gateway processes. They accept on one socket."""
+        return len(self.gateways)
 
 
 def supervisor_config(settings: Settings) -> SupervisorConfig:
@@ -137,7 +147,10 @@ def launcher_config(settings: Settings, *, cores: int) -> LauncherConfig:
         settings,
         supervisor=supervisor_config(settings),
         engines=tuple(dataclasses.replace(engine, threads=threads) for engine in engines),
-        gateway=gateway_config(settings, name="gateway-0"),
+        gateways=tuple(
+            gateway_config(settings, name=f"gateway-{index}")
+            for index in range(settings.values["api_server_count"])
+        ),
     )
 
 

@@ -202,6 +202,7 @@ _ALL: Final = (
     Setting("run_dir", run_directory, None, "directory of sockets and locks", "DIR", _CLUSTER),
     Setting("max_num_seqs", integer(1, 4096), 64, "sequences in one step", "N", _MEMORY),
     Setting("kv_cache_memory", memory, None, "KV cache of each engine, as 2GiB", "SIZE", _MEMORY),
+    Setting("api_server_count", integer(1, 64), 1, "gateways that accept on the port", "N"),
     Setting("max_num_batched_tokens", integer(1, 1 << 20), 2048, "tokens in one step", "N"),
     Setting("block_size", integer(1, 1024), 16, "tokens in one KV block", "N"),
     Setting("dtype", choice("auto", "float32", "bfloat16"), "auto", "format of weights", "TYPE"),

@@ -236,6 +236,33 @@ def _add_journal(parser: argparse.ArgumentParser) -> None:
     journal.add_arguments(parser)
 
 
+def _add_quarantine(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for action, text in (
+        ("list", "what is in quarantine"),
+        ("show", "what one of them asked, as JSON: its prompt is in it"),
+        ("release", "let the same be asked again"),
+    ):
+        words = "" if action == "list" else " 4be1c7"
+        child = actions.add_parser(
+            action, help=text, example=f"understudy quarantine {action}{words}"
+        )
+        _add_settings(child, ["run_dir", "state_dir"])
+        if action != "list":
+            child.add_argument("fingerprint", help="its first digits, as in the list")
+
+        def run(arguments: argparse.Namespace, action: str = action) -> int:
+            from understudy.tools import quarantine
+
+            flags = flags_of(arguments)
+            if action == "list":
+                return quarantine.list_all(flags)
+            act = quarantine.show if action == "show" else quarantine.release
+            return act(flags, arguments.fingerprint)
+
+        child.set_defaults(run=run)
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stay", action="store_true", help="go on serving after the answer")
 
@@ -330,6 +357,11 @@ COMMANDS: Final = {
         help="look into a supervisor's journal",
         example="understudy journal verify /run/understudy/state/journal",
         add=_add_journal,
+    ),
+    "quarantine": Command(
+        help="requests that engines died of",
+        example="understudy quarantine list",
+        add=_add_quarantine,
     ),
     "config": Command(
         help="show or check the configuration",

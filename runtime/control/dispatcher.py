@@ -38,7 +38,7 @@ from understudy.protocol.messages import (
     HeldRequest,
     Rejected,
 )
-from understudy.protocol.request import FinishReason, Request, TokenRow
+from understudy.protocol.request import FinishReason, Request, TokenRow, fingerprint
 from understudy.runtime.control import router
 from understudy.runtime.control.admission import Admission, AdmissionLimits
 from understudy.runtime.control.ledger import Entry, Ledger, Verdict
@@ -94,7 +94,8 @@ class Dispatcher:
         self._ledger = Ledger()
         self._queue = RequestQueue()
         self._admission = Admission(limits)
-        self._quarantine = Quarantine()
+        self.quarantine = Quarantine()
+        self._convicts: list[Request] = []
         self._with_engine: defaultdict[str, set[int]] = defaultdict(set)
         self._with_gateway: defaultdict[str, set[int]] = defaultdict(set)
         self._unclaimed_since: dict[int, float] = {}
@@ -216,6 +217,11 @@ class Dispatcher:
                 self._unclaimed_since[request_id] = now
         self._with_gateway.pop(gateway, None)
 
+    def take_convicts(self) -> list[Request]:
+        """The requests that were quarantined since the last call."""
+        convicts, self._convicts = self._convicts, []
+        return convicts
+
     # What engines bring
 
     def take_rows(self, rows: tuple[TokenRow, ...], engine: Member, now: float) -> None:
@@ -227,7 +233,7 @@ class Dispatcher:
                 case Verdict.ACCEPTED:
                     assert entry is not None
                     accepted.append(row)
-                    self._quarantine.lift(row.request_id)
+                    self.quarantine.lift(row.request_id)
                     self._pass_on(entry, row, engine, now)
                 case Verdict.STALE:
                     self.totals.stale += 1
@@ -276,10 +282,12 @@ class Dispatcher:
         for request_id in sorted(self._with_engine.pop(engine, ())):
             entry = self._ledger.get(request_id)
             assert entry is not None
-            if request_id in suspects and self._quarantine.record_death(
+            if request_id in suspects and self.quarantine.record_death(
                 request_id, was_alone=len(suspects) == 1
             ):
                 self.totals.quarantined += 1
+                self.quarantine.convict(fingerprint(entry.request), now)
+                self._convicts.append(entry.request)
                 text = "engines died of this request; it is quarantined"
                 self._fail(entry, Quarantined(text), now)
             else:
@@ -371,6 +379,8 @@ class Dispatcher:
     def _refusal(self, request: Request, now: float) -> RequestError | None:
         if self._ledger.group(request.group_id):
             return None  # a call is taken as a whole
+        if self.quarantine.is_convicted(fingerprint(request), now):
+            return Quarantined("engines died of this very request not long ago")
         refusal = self._admission.refusal(
             num_tokens=len(request.prompt),
             requests_waiting=len(self._queue),
@@ -395,7 +405,7 @@ class Dispatcher:
         self._records.append(
             records.Assign(request_id, entry.attempt, engine.identity, engine.epoch)
         )
-        is_suspect = self._quarantine.is_suspect(request_id)
+        is_suspect = self.quarantine.is_suspect(request_id)
         assign = Assign(entry.request, entry.attempt, tuple(entry.output), is_suspect)
         self._outbox.send(engine.identity, assign)
 
@@ -470,7 +480,7 @@ class Dispatcher:
             self._with_gateway[gateway].discard(request_id)
         entry.subscribers.clear()
         self._unclaimed_since.pop(request_id, None)
-        self._quarantine.forget(request_id)
+        self.quarantine.forget(request_id)
 
     def _subscribe(self, entry: Entry, gateway: str) -> None:
         if gateway not in entry.subscribers:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import time
 from pathlib import Path
 from struct import Struct
 from typing import Final
 
+from understudy.protocol.request import Request
 from understudy.runtime.control.health import ProcessState
 from understudy.runtime.kit.probe import ProcProbe
+from understudy.runtime.storage.convicts import ConvictDirectory
 
 CARD_REQUESTS_MAX: Final = 4096
 _IDENTITY_BYTES: Final = 64
@@ -62,9 +65,10 @@ class FileStepCard:
 class NodeStage:
     """The supervisor's side, on the machine that it shares with its engines."""
 
-    def __init__(self, run_dir: Path, probe: ProcProbe) -> None:
+    def __init__(self, run_dir: Path, probe: ProcProbe, convicts: ConvictDirectory) -> None:
         self._run_dir = run_dir
         self._probe = probe
+        self._convicts = convicts
 
     def fatal_step(self, name: str, identity: str) -> frozenset[int]:
         """The requests of the step in which this incarnation of an engine ended."""
@@ -82,3 +86,7 @@ class NodeStage:
         """End a process at once, if it is still the one that was started then."""
         if self._probe.state(pid, start_time) is ProcessState.ALIVE:
             os.kill(pid, signal.SIGKILL)
+
+    def keep_convict(self, request: Request) -> None:
+        """Keep what a quarantined request asked, for the operator."""
+        self._convicts.keep(request, written_at=time.time())

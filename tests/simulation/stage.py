@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from understudy.protocol.request import Request
 from understudy.runtime.control.health import ProcessState
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.storage.journal import Degraded
@@ -37,6 +38,7 @@ class VirtualStage:
         self.killed: list[int] = []
         self.states: dict[int, ProcessState] = {}
         self.on_kill: Callable[[int], None] = lambda _pid: None
+        self.convicts: list[Request] = []
 
     def fatal_step(self, name: str, identity: str) -> frozenset[int]:
         """See ``NodeStage``."""
@@ -48,6 +50,10 @@ class VirtualStage:
         self.killed.append(pid)
         self.states[pid] = ProcessState.ENDING
         self.on_kill(pid)
+
+    def keep_convict(self, request: Request) -> None:
+        """See ``NodeStage``."""
+        self.convicts.append(request)
 
     def state(self, pid: int, start_time: int) -> ProcessState:
         """See ``ProcProbe``."""
