@@ -140,6 +140,7 @@ def test_it_says_hello_with_its_capacity() -> None:
         capacity=capacity,
         start_time=7,
         numerics="echo",
+        protocol=2,
     )
     assert (getattr(send, "to", None), getattr(send, "message", None)) == (SUPERVISOR, hello)
 
@@ -255,7 +256,7 @@ def test_without_its_session_an_engine_plays_on_and_tells_with_the_next_one(lose
     for _ in range(3):
         assert stage.rows() == []
     effects = stage.turn(Welcome(6))
-    assert effects[0] == OpenSession(SUPERVISOR, 6)
+    assert effects[0] == OpenSession(SUPERVISOR, 6, 1)
     (inventory,) = [m for e in effects if isinstance(m := getattr(e, "message", None), Inventory)]
     assert inventory.is_last
     held = {row.request_id: row for row in inventory.rows}

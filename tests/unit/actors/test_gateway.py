@@ -120,7 +120,7 @@ def stage() -> Stage:
 
 def test_it_says_who_it_is_and_where_it_listens() -> None:
     assert Stage().said() == [
-        Hello(Role.GATEWAY, "gateway-0", 41, model="demo", address="127.0.0.1:80")
+        Hello(Role.GATEWAY, "gateway-0", 41, model="demo", address="127.0.0.1:80", protocol=2)
     ]
 
 
@@ -289,7 +289,7 @@ def test_with_the_next_session_the_open_requests_go_on(
     hellos = [send.message for send in effects if isinstance(send, Send)]
     assert [message.last_epoch for message in hellos if isinstance(message, Hello)] == [5]
     effects = stage.turn(Welcome(6))
-    assert effects[0] == OpenSession(SUPERVISOR, 6)
+    assert effects[0] == OpenSession(SUPERVISOR, 6, 1)
     said = [send.message for send in effects if isinstance(send, Send)]
     assert said[:2] == [Reclaim((HeldRequest(1, 2),)), Submit(request(2))]
     stage.turn(Deliver((row(1, 2, 9, finish=FinishReason.LENGTH),)), Failed(2, "x", "late"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -14,7 +14,8 @@ from understudy.protocol.request import (
     TokenRow,
     extend_prefix_hash,
 )
-from understudy.runtime.control.ledger import Entry, Ledger, Verdict
+from understudy.runtime.control import ledger as ledger_module
+from understudy.runtime.control.ledger import RETENTION_S, Entry, Ledger, Verdict
 
 PARAMS = SamplingParams(seed=1, max_tokens=100)
 
@@ -39,7 +40,7 @@ def row(
 def assigned() -> tuple[Ledger, Entry]:
     """Request 1, with engine "e.1" under epoch 7 for the first time."""
     ledger = Ledger()
-    entry = ledger.admit(request(1), "gateway-0.1", 10.0)
+    entry = ledger.admit(request(1), 10.0)
     ledger.assign(1, "e.1", 7, 11.0)
     return ledger, entry
 
@@ -78,7 +79,7 @@ def test_rows_of_anyone_but_the_present_attempt_are_stale(
     late = row((5,), attempt=attempt, request_id=request_id, finish=FinishReason.STOP)
     assert ledger.accept(late, engine, epoch, 12.0) is Verdict.STALE
     assert entry.output == []
-    assert 1 in ledger
+    assert ledger.get(1) is entry
 
 
 def test_rows_of_a_request_that_waits_are_stale() -> None:
@@ -109,18 +110,35 @@ def test_rows_that_do_not_continue_the_output_are_broken(broken: TokenRow) -> No
     assert ledger.accept(broken, "e.1", 7, 13.0) is Verdict.BROKEN
     assert entry.output == [5]
     assert entry.progress_at == 12.0
-    assert 1 in ledger
+    assert ledger.get(1) is entry
 
 
 @pytest.mark.parametrize("tokens", [(), (5,)])
-def test_an_accepted_end_removes_the_request(tokens: tuple[int, ...]) -> None:
+def test_what_has_ended_takes_no_rows_and_can_be_read_for_a_while(tokens: tuple[int, ...]) -> None:
     ledger, entry = assigned()
     last = row(tokens, finish=FinishReason.LENGTH)
     assert ledger.accept(last, "e.1", 7, 12.0) is Verdict.ACCEPTED
-    assert entry.output == list(tokens)
-    assert 1 not in ledger
-    assert len(ledger) == 0
+    ledger.end(entry, FinishReason.LENGTH, 12.0)
+    assert (entry.output, entry.finish, entry.engine) == (list(tokens), FinishReason.LENGTH, None)
+    assert (len(ledger), ledger.get(1), ledger.find(1)) == (0, None, entry)
     assert ledger.accept(last, "e.1", 7, 12.0) is Verdict.STALE
+    ledger.forget_old(12.0 + RETENTION_S - 0.001)
+    assert ledger.find(1) is entry
+    ledger.forget_old(12.0 + RETENTION_S)
+    assert ledger.find(1) is None
+    ledger.check_integrity()
+
+
+def test_of_too_many_ended_tokens_the_oldest_requests_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledger_module, "RETAINED_TOKENS_MAX", 10)
+    ledger = Ledger()
+    for number in range(5):
+        ledger.end(ledger.admit(request(number), 0.0), FinishReason.STOP, float(number))
+        ledger.forget_old(float(number))
+        ledger.check_integrity()
+    assert [number for number in range(5) if ledger.find(number)] == [2, 3, 4]
 
 
 def test_what_was_put_out_stays_when_a_request_goes_to_another_engine() -> None:
@@ -144,20 +162,128 @@ def test_a_request_is_with_one_engine_at_a_time() -> None:
 def test_a_request_is_admitted_once() -> None:
     ledger, _ = assigned()
     with pytest.raises(AssertionError):
-        ledger.admit(request(1), "gateway-1.1", 12.0)
+        ledger.admit(request(1), 12.0)
 
 
 def test_a_request_ends_once() -> None:
     ledger, entry = assigned()
-    assert ledger.end(1) is entry
-    assert ledger.end(1) is None
-    assert ledger.get(1) is None
+    ledger.end(entry, FinishReason.ERROR, 12.0, code="internal_error", message="lost")
+    assert (entry.error_code, entry.error_message) == ("internal_error", "lost")
+    with pytest.raises(AssertionError, match="once"):
+        ledger.end(entry, FinishReason.STOP, 12.0)
+
+
+def keyed(request_id: int, group_id: int, *, key: bytes = b"key") -> Request:
+    return Request(
+        request_id, group_id, (1, 2, 3), PARAMS, idempotency_key=key, body_digest=b"body"
+    )
+
+
+def test_the_requests_of_a_group_are_found_together_living_or_ended() -> None:
+    ledger = Ledger()
+    first, second = ledger.admit(keyed(1, 1), 0.0), ledger.admit(keyed(2, 1), 0.0)
+    assert ledger.group(1) == [first, second]
+    ledger.end(first, FinishReason.STOP, 1.0)
+    assert ledger.group(1) == [first, second]
+    assert ledger.group(2) == []
+    ledger.check_integrity()
+
+
+def test_an_idempotency_key_stands_for_its_group_until_that_is_forgotten() -> None:
+    ledger = Ledger()
+    first, second = ledger.admit(keyed(1, 1), 0.0), ledger.admit(keyed(2, 1), 0.0)
+    assert ledger.duplicated(b"key") == (1, b"body")
+    assert ledger.duplicated(b"other") is None
+    assert ledger.duplicated(b"") is None
+    ledger.accept(row((5,)), "e.1", 7, 1.0)
+    for entry in (first, second):
+        ledger.end(entry, FinishReason.STOP, 1.0)
+    assert ledger.duplicated(b"key") == (1, b"body")
+    ledger.forget_old(1.0 + RETENTION_S)
+    assert ledger.duplicated(b"key") is None
+
+
+def test_a_call_that_was_called_off_before_anything_came_of_it_frees_its_key() -> None:
+    ledger = Ledger()
+    void = ledger.admit(keyed(1, 1), 0.0)
+    ledger.end(void, FinishReason.CANCELLED, 1.0)
+    assert ledger.duplicated(b"key") is None
+    ledger.admit(keyed(3, 3), 2.0)
+    assert ledger.duplicated(b"key") == (3, b"body")
+    ledger.forget_old(1.0 + RETENTION_S)
+    assert ledger.duplicated(b"key") == (3, b"body"), "it is another's key now"
+
+
+def test_a_key_that_comes_again_stays_with_the_first() -> None:
+    ledger = Ledger()
+    ledger.admit(keyed(1, 1), 0.0)
+    ledger.admit(keyed(2, 2), 0.0)
+    assert ledger.duplicated(b"key") == (1, b"body")
+
+
+def test_an_engine_that_is_back_goes_on_where_its_output_is_ahead() -> None:
+    ledger, entry = assigned()
+    ledger.accept(row((5,)), "e.1", 7, 12.0)
+    ledger.release(1)
+    whole = row((5, 6, 7))
+    assert ledger.adopt(whole, "e.1", 9, 13.0) == row((6, 7), before=(5,))
+    assert (entry.output, entry.engine, entry.epoch) == ([5, 6, 7], "e.1", 9)
+    assert ledger.accept(row((8,), before=(5, 6, 7)), "e.1", 9, 14.0) is Verdict.ACCEPTED
+    known = ledger.adopt(row((5, 6, 7, 8)), "e.1", 10, 15.0)
+    assert known is not None
+    assert known.tokens == ()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        pytest.param(row((5, 6), attempt=2), id="another attempt"),
+        pytest.param(row((6, 7)), id="another output"),
+        pytest.param(row((7,), before=(5, 6)), id="a gap"),
+        pytest.param(row((5, 6), request_id=3), id="another request"),
+        pytest.param(row((5, 6))._replace(prefix_hash=1), id="a wrong hash"),
+    ],
+)
+def test_what_does_not_fit_is_not_adopted(told: TokenRow) -> None:
+    ledger, entry = assigned()
+    ledger.accept(row((5,)), "e.1", 7, 12.0)
+    assert ledger.adopt(told, "e.1", 9, 13.0) is None
+    assert (entry.output, entry.epoch) == ([5], 7)
+
+
+def test_what_is_with_another_engine_is_not_adopted() -> None:
+    ledger, entry = assigned()
+    assert ledger.adopt(row((5,)), "e.2", 9, 13.0) is None
+    assert entry.engine == "e.1"
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=12),
+    st.integers(0, 12),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_whoever_joins_is_told_all_from_its_position_on(
+    output: list[int], position: int, size: int, has_ended: bool
+) -> None:
+    entry = Entry(request(1), 0.0, attempt=1, output=output, finish=1 if has_ended else 0)
+    entry.prefix_hash = extend_prefix_hash(0, output)
+    position = min(position, len(output))
+    rows = entry.rows_from(position, size)
+    known = output[:position]
+    for told in rows:
+        assert told.position == len(known)
+        assert len(told.tokens) <= size
+        known += told.tokens
+        assert told.prefix_hash == extend_prefix_hash(0, known)
+    assert known == output
+    assert [told.finish for told in rows] == [0] * (len(rows) - 1) + [entry.finish]
 
 
 def test_entries_are_given_oldest_first() -> None:
     ledger = Ledger()
     for request_id in (9, 2, 5):
-        ledger.admit(request(request_id), "gateway-0.1", float(request_id))
+        ledger.admit(request(request_id), float(request_id))
     assert [entry.request.request_id for entry in ledger.entries()] == [9, 2, 5]
 
 
@@ -192,8 +318,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(request_id=ids)
     def admit(self, request_id: int) -> None:
-        if request_id not in self.outputs:
-            self.ledger.admit(request(request_id), "gateway-0.1", 0.0)
+        if request_id not in self.outputs and self.ledger.find(request_id) is None:
+            self.ledger.admit(request(request_id), 0.0)
             self.outputs[request_id] = []
             self.places[request_id] = None
             self.attempts[request_id] = 0
@@ -213,9 +339,52 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(request_id=ids)
     def end(self, request_id: int) -> None:
-        was_there = request_id in self.outputs
-        assert (self.ledger.end(request_id) is not None) == was_there
-        self.forget(request_id)
+        entry = self.ledger.get(request_id)
+        assert (entry is not None) == (request_id in self.outputs)
+        if entry is not None:
+            self.ledger.end(entry, FinishReason.CANCELLED, 0.0)
+            self.forget(request_id)
+
+    @rule()
+    def time_passes(self) -> None:
+        self.ledger.forget_old(RETENTION_S)
+        assert all(self.ledger.find(number) is self.ledger.get(number) for number in range(4))
+
+    @rule(
+        request_id=ids,
+        engine=engines,
+        epoch=epochs,
+        attempt=st.integers(0, 3),
+        start=st.integers(0, 3),
+        told=st.lists(st.integers(0, 1), max_size=4),
+    )
+    def adopt(
+        self,
+        request_id: int,
+        engine: str,
+        epoch: int,
+        attempt: int,
+        start: int,
+        told: list[int],
+    ) -> None:
+        """An engine that is back tells all that it added, from where it began."""
+        output = self.outputs.get(request_id, [])
+        before = output[:start]
+        whole = [*before, *told]
+        claim = row(tuple(told), before=tuple(before), request_id=request_id, attempt=attempt)
+        place = self.places.get(request_id)
+        is_right = (
+            request_id in self.outputs
+            and self.attempts[request_id] == attempt
+            and (place is None or place[0] == engine)
+            and whole[: len(output)] == output
+        )
+        rest = self.ledger.adopt(claim, engine, epoch, 0.0)
+        assert (rest is not None) == is_right
+        if rest is not None:
+            assert list(rest.tokens) == whole[len(output) :]
+            self.outputs[request_id] = whole
+            self.places[request_id] = engine, epoch
 
     @rule(
         request_id=ids,
@@ -275,7 +444,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.outputs[request_id] += new
         assert self.ledger.accept(claim, engine, epoch, 0.0) is expected
         if expected is Verdict.ACCEPTED and finish:
-            self.forget(request_id)
+            self.end(request_id)
 
     def forget(self, request_id: int) -> None:
         for known in (self.outputs, self.places, self.attempts):
@@ -283,6 +452,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def both_hold_the_same(self) -> None:
+        self.ledger.check_integrity()
         assert len(self.ledger) == len(self.outputs)
         held = {entry.request.request_id: entry for entry in self.ledger.entries()}
         assert {number: entry.output for number, entry in held.items()} == self.outputs

@@ -1,4 +1,4 @@
-"""The registry: sessions by epoch, names by their latest incarnation, and who fell silent."""
+"""The registry: sessions by epoch, and names by their latest incarnation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 
 from understudy.protocol.messages import Capacity, Hello, Role
 from understudy.runtime.control.registry import (
-    ENGINE_SILENT_S,
     EPOCH_MAX,
-    GATEWAY_SILENT_S,
     Greeting,
     MemberState,
     Registry,
@@ -56,16 +54,15 @@ def test_a_repeated_hello_gets_the_same_answer(registry: Registry) -> None:
     assert member.epoch == 100
 
 
-def test_a_hello_after_a_loss_opens_a_new_epoch_and_clears_up_the_old_session(
-    registry: Registry,
-) -> None:
+def test_a_hello_after_a_loss_opens_a_new_epoch_for_the_same_member(registry: Registry) -> None:
     first = greet(registry, hello(), "engine-0.1", 5.0).member
+    first.inventory.add(1)
     second, is_new, replaced = greet(registry, hello(last_epoch=100), "engine-0.1", 6.0)
     assert is_new
-    assert replaced is first
-    assert second.epoch == 101
-    assert registry.get("engine-0.1") is second
-    assert second.restarts == 0
+    assert replaced is None
+    assert second is first
+    assert (second.epoch, second.heard_at, second.restarts) == (101, 6.0, 0)
+    assert second.inventory == set(), "it tells anew what it holds"
 
 
 def test_late_repetitions_of_earlier_hellos_do_not_end_the_present_session(
@@ -115,13 +112,6 @@ def test_a_dead_member_that_says_hello_gets_a_new_session_and_nothing_to_clear_u
         registry.bury(member)
 
 
-def test_members_keep_their_requests_apart(registry: Registry) -> None:
-    one = greet(registry, hello("engine-0"), "engine-0.1", 5.0).member
-    other = greet(registry, hello("engine-1"), "engine-1.1", 5.0).member
-    one.requests.add(1)
-    assert other.requests == set()
-
-
 def test_members_are_listed_by_part_and_name(registry: Registry) -> None:
     for name in ("engine-2", "engine-0", "engine-1"):
         greet(registry, hello(name), f"{name}.1", 5.0)
@@ -134,21 +124,30 @@ def test_members_are_listed_by_part_and_name(registry: Registry) -> None:
     assert [m.name for m in registry.serving(Role.GATEWAY)] == ["gateway-0"]
 
 
-@pytest.mark.parametrize(
-    ("role", "limit_s"), [(Role.ENGINE, ENGINE_SILENT_S), (Role.GATEWAY, GATEWAY_SILENT_S)]
-)
-def test_a_member_is_silent_when_its_time_is_over_and_not_a_moment_earlier(
-    registry: Registry, role: Role, limit_s: float
-) -> None:
-    member = greet(registry, hello(role=role), "member.1", 10.0).member
-    assert registry.next_silence() == 10.0 + limit_s
-    assert registry.silent(10.0 + limit_s - 0.001) == []
-    assert registry.silent(10.0 + limit_s) == [member]
-    member.heard_at = 11.0
-    assert registry.silent(10.0 + limit_s) == []
-    registry.bury(member)
-    assert registry.silent(1000.0) == []
-    assert registry.next_silence() is None
+def test_who_drains_or_is_tested_lives_and_takes_no_work(registry: Registry) -> None:
+    member = greet(registry, hello(), "engine-0.1", 5.0).member
+    for state, is_alive, serves in (
+        (MemberState.TESTING, True, False),
+        (MemberState.DRAINING, True, False),
+        (MemberState.SERVING, True, True),
+        (MemberState.DEAD, False, False),
+        (MemberState.BROKEN, False, False),
+    ):
+        member.state = state
+        assert member.is_alive == is_alive
+        assert (registry.serving(Role.ENGINE) == [member]) == serves
+        assert (registry.alive(Role.ENGINE) == [member]) == is_alive
+
+
+def test_an_engine_may_break_down_before_it_ever_joined(registry: Registry) -> None:
+    broken = registry.break_down("engine-7", 77, 5.0)
+    assert broken.state is MemberState.BROKEN
+    assert registry.named("engine-7") is broken
+    assert registry.members(Role.ENGINE) == [broken]
+    back = greet(registry, hello("engine-7", pid=78), "engine-7.2", 6.0)
+    assert back.is_new_session
+    assert back.replaced is None
+    assert registry.members(Role.ENGINE) == [back.member]
 
 
 def test_a_supervisor_that_started_again_gives_later_epochs_than_its_members_had(
