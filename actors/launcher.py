@@ -7,6 +7,7 @@ the launcher's place. Knows nothing of requests.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import signal
@@ -61,7 +62,6 @@ _END_WITHIN_S: Final = 5.0
 """What a process gets to end, beside the time for its streams, before it is killed."""
 _RETELL_EVERY_S: Final = 5.0
 _DEATHS_KEPT: Final = 256
-_GATEWAY_NAMES: Final = ("gateway-0", "gateway-1")
 
 RESTART: Final = "restart"
 """The command that asks for a rolling restart."""
@@ -87,12 +87,13 @@ class StartFailed(Exception):
 def topology(config: LauncherConfig, *, listen_fd: int) -> list[ProcessSpec]:
     """The processes of a node, in the order in which they start.
 
-    ``listen_fd`` is the socket that gateways accept on; they inherit it.
+    ``listen_fd`` is the socket that gateways accept on; they inherit it. It is one for all of them,
+    so that no connection waits for a gateway that is dead while another could accept it.
     """
     return [
         _supervisor_spec(config.supervisor),
         *map(_engine_spec, config.engines),
-        gateway_spec(config.gateway, listen_fd),
+        *(_gateway_spec(gateway, listen_fd) for gateway in config.gateways),
     ]
 
 
@@ -108,7 +109,7 @@ def run_launcher(config: LauncherConfig, *, on_ready: Callable[[Ready], None]) -
     lock = Lock.acquire(config.run_dir / LAUNCHER_LOCK, timeout_s=_LOCK_WAIT_S)
     try:
         with (
-            open_listener(config.gateway.host, config.gateway.port) as listener,
+            open_listener(config.gateways[0].host, config.gateways[0].port) as listener,
             ControlSocket(config.run_dir / LAUNCHER_SOCKET) as control,
             SupervisorClient(config.supervisor.socket) as client,
             watch() as watching,
@@ -139,11 +140,14 @@ class Launcher:
         self._jitter = random.SystemRandom()
         # A gateway started by itself, or again, must be found where the first one was.
         port = listener.getsockname()[1]
-        self._gateway_config = dataclasses.replace(config.gateway, port=port)
+        gateways = tuple(dataclasses.replace(gateway, port=port) for gateway in config.gateways)
+        self._gateway_config = gateways[0]
         specs = topology(
-            dataclasses.replace(config, gateway=self._gateway_config), listen_fd=listener.fileno()
+            dataclasses.replace(config, gateways=gateways), listen_fd=listener.fileno()
         )
-        self.supervisor, *self.engines, self.gateway = map(self._child, specs)
+        self.supervisor, *members = map(self._child, specs)
+        self.engines = members[: len(config.engines)]
+        self.gateways = members[len(config.engines) :]
         self._without_part: dict[Child, float] = {}
         """Processes that may end without a consequence, and when they are killed if they do not."""
         self._replaced: Child | None = None
@@ -158,7 +162,7 @@ class Launcher:
     @property
     def children(self) -> list[Child]:
         """The processes that have a part, and are kept alive."""
-        return [self.supervisor, *self.engines, self.gateway]
+        return [self.supervisor, *self.engines, *self.gateways]
 
     def run(self, on_ready: Callable[[Ready], None]) -> int:
         """Start everything, keep it alive, and stop it when a signal comes."""
@@ -284,7 +288,7 @@ class Launcher:
         self._retell_at = now + _RETELL_EVERY_S if broken else math.inf
 
     def _look(self, deadline: float, on_ready: Callable[[Ready], None]) -> None:
-        """Ask the supervisor whether a gateway and every engine that can come have come."""
+        """Ask the supervisor whether every engine and gateway that can come has come."""
         if time.monotonic() >= deadline:
             limit_s = self._config.start_timeout_s
             raise StartFailed(ExitStatus.UNAVAILABLE, f"not ready after {limit_s:g} s: giving up")
@@ -292,8 +296,8 @@ class Launcher:
         if reply is None:
             return
         serving = sum(engine.state == "serving" for engine in reply.engines)
-        wanted = sum(not engine.is_broken for engine in self.engines)
-        if serving < wanted or not any(gateway.address for gateway in reply.gateways):
+        accepting = sum(bool(gateway.address) for gateway in reply.gateways)
+        if serving < _unbroken(self.engines) or accepting < _unbroken(self.gateways):
             return
         self._is_ready = True
         for child in self.children:
@@ -318,11 +322,13 @@ class Launcher:
     def start_beside(self, child: Child) -> Child:
         """See ``Node``."""
         spec = child.spec
-        if child is self.gateway:
+        if child in self.gateways:
             # Of two members of one name, only the later counts; here both have streams.
-            name = next(name for name in _GATEWAY_NAMES if name != spec.name)
+            taken = {gateway.spec.name for gateway in self.gateways}
+            names = (f"gateway-{index}" for index in itertools.count())
+            name = next(name for name in names if name not in taken)
             config = dataclasses.replace(self._gateway_config, name=name)
-            spec = gateway_spec(config, self._listener.fileno())
+            spec = _gateway_spec(config, self._listener.fileno())
         new = self._child(spec)
         if child not in self.engines:
             new.history.follow(TIRELESS)
@@ -333,15 +339,14 @@ class Launcher:
 
     def replace(self, old: Child, new: Child) -> None:
         """See ``Node``."""
-        streams_s = self._config.shutdown_timeout_s if old is self.gateway else 0.0
+        streams_s = self._config.shutdown_timeout_s if old in self.gateways else 0.0
         del self._without_part[new]
         self._replaced = None
         if old is self.supervisor:
             self.supervisor = new
-        elif old is self.gateway:
-            self.gateway = new
         else:
-            self.engines[self.engines.index(old)] = new
+            part = self.gateways if old in self.gateways else self.engines
+            part[part.index(old)] = new
         old.restart_at = None
         if old.process is not None:
             self._without_part[old] = time.monotonic() + streams_s + _END_WITHIN_S
@@ -404,7 +409,8 @@ class Launcher:
         others = [child for child in self._without_part if child.process is not None]
         streams_s = self._config.shutdown_timeout_s
         gateways = [child for child in others if "gateway" in child.spec.argv]
-        is_clean = self._watch.stop([self.gateway, *gateways], limit_s=streams_s + _END_WITHIN_S)
+        gateways += self.gateways
+        is_clean = self._watch.stop(gateways, limit_s=streams_s + _END_WITHIN_S)
         is_clean &= self._watch.stop([*self.engines, *others], limit_s=_END_WITHIN_S)
         is_clean &= self._watch.stop([self.supervisor], limit_s=_END_WITHIN_S)
         if not is_clean:
@@ -419,8 +425,7 @@ def _supervisor_spec(config: SupervisorConfig) -> ProcessSpec:
     return _spec("supervisor", "supervisor", arguments_of(config))
 
 
-def gateway_spec(config: GatewayConfig, listen_fd: int) -> ProcessSpec:
-    """A gateway that accepts on a socket which it inherits."""
+def _gateway_spec(config: GatewayConfig, listen_fd: int) -> ProcessSpec:
     arguments = [*arguments_of(config), f"--listen-fd={listen_fd}"]
     return _spec(config.name, "gateway", arguments, descriptors=(listen_fd,))
 
@@ -447,6 +452,10 @@ def _spec(
         restart=RestartPolicy(),
         descriptors=descriptors,
     )
+
+
+def _unbroken(children: list[Child]) -> int:
+    return sum(not child.is_broken for child in children)
 
 
 def _last_words_path(run_dir: Path, name: str) -> Path:

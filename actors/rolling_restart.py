@@ -44,8 +44,8 @@ class Node(Protocol):
         ...
 
     @property
-    def gateway(self) -> Child:
-        """The gateway of now."""
+    def gateways(self) -> list[Child]:
+        """The gateways of now, broken ones included."""
         ...
 
     def start_beside(self, child: Child) -> Child:
@@ -77,9 +77,10 @@ def restart_all(node: Node, *, limit_s: float, now: Callable[[], float]) -> Step
     """
     restart = _RollingRestart(node, limit_s, now)
     yield from restart.replace_supervisor()
-    for engine in node.engines:
+    for engine in list(node.engines):
         yield from restart.replace_engine(engine)
-    yield from restart.replace_gateway()
+    for gateway in list(node.gateways):
+        yield from restart.replace_gateway(gateway)
 
 
 class _RollingRestart:
@@ -108,8 +109,8 @@ class _RollingRestart:
         yield from self._until_gone(old)
         yield f"{name}: process {new.pid} has taken over"
 
-    def replace_gateway(self) -> Steps:
-        node, old = self._node, self._node.gateway
+    def replace_gateway(self, old: Child) -> Steps:
+        node = self._node
         new = node.start_beside(old)
         yield f"{new.spec.name}: process {new.pid} starts beside {old.spec.name}, {old.pid}"
         yield from self._until(lambda: self._is_reached(new), new, old)
@@ -159,6 +160,6 @@ class _RollingRestart:
         if reply is None or reply.uptime_s > self._now() - since + UPTIME_SLACK_S:
             return False
         serving = {engine.pid for engine in reply.engines if engine.state == "serving"}
-        gateways = {gateway.pid for gateway in reply.gateways}
-        wanted = {engine.pid for engine in self._node.engines if not engine.is_broken}
-        return wanted <= serving and self._node.gateway.pid in gateways
+        joined = serving | {gateway.pid for gateway in reply.gateways}
+        members = (*self._node.engines, *self._node.gateways)
+        return {member.pid for member in members if not member.is_broken} <= joined

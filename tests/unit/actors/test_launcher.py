@@ -34,6 +34,12 @@ def test_a_node_is_a_supervisor_its_engines_and_a_gateway() -> None:
     assert {spec.restart for spec in specs} == {RestartPolicy()}
 
 
+def test_gateways_accept_on_one_socket() -> None:
+    gateways = specs_of(config(api_server_count="2"))[2:]
+    assert [spec.name for spec in gateways] == ["gateway-0", "gateway-1"]
+    assert [spec.descriptors for spec in gateways] == [(9,), (9,)]
+
+
 def test_each_process_says_in_its_command_line_what_it_is() -> None:
     for spec in specs_of(config()):
         role = spec.name.partition("-")[0]

@@ -35,7 +35,7 @@ class FakeNode:
         self.now = 0.0
         self.supervisor = child("supervisor", 1)
         self.engines = [child("engine-0", 10), child("engine-1", 11)]
-        self.gateway = child("gateway-0", 20)
+        self.gateways = [child("gateway-0", 20), child("gateway-1", 21)]
         self.done: list[str] = []
         self.fails = ""
         self.hangs = ""
@@ -55,10 +55,9 @@ class FakeNode:
         self.done.append(f"replace {old.spec.name}")
         if old is self.supervisor:
             self.supervisor = new
-        elif old is self.gateway:
-            self.gateway = new
         else:
-            self.engines[self.engines.index(old)] = new
+            part = self.gateways if old in self.gateways else self.engines
+            part[part.index(old)] = new
         old.process = None
 
     def give_up(self, new: Child, old: Child) -> None:
@@ -72,7 +71,7 @@ class FakeNode:
         if self.is_deaf:
             return None
         engines = {engine.spec.name: engine.pid or 0 for engine in self.engines}
-        gateways = {self.gateway.pid or 0}
+        gateways = {gateway.pid or 0 for gateway in self.gateways}
         fresh = self._fresh
         if fresh.process is not None and fresh.spec.name != self.hangs:
             if fresh.spec.name in engines:
@@ -105,11 +104,11 @@ def run(node: FakeNode) -> list[str]:
 
 def test_each_process_is_started_before_the_one_that_it_replaces_ends() -> None:
     node = FakeNode()
-    old = [node.supervisor, *node.engines, node.gateway]
+    old = [node.supervisor, *node.engines, *node.gateways]
     run(node)
     assert node.done == [
         f"{what} {name}"
-        for name in ("supervisor", "engine-0", "engine-1", "gateway-0")
+        for name in ("supervisor", "engine-0", "engine-1", "gateway-0", "gateway-1")
         for what in ("start", "replace")
     ]
     assert all(process.process is None for process in old)
@@ -124,7 +123,7 @@ def test_every_step_is_told() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["supervisor", "engine-1", "gateway-0"])
+@pytest.mark.parametrize("name", ["supervisor", "engine-1", "gateway-1"])
 def test_nothing_is_replaced_by_a_process_that_ends(name: str) -> None:
     node = FakeNode()
     node.fails = name

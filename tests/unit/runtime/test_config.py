@@ -58,7 +58,7 @@ def test_arguments_give_the_same_configuration_again() -> None:
         queue_max="5",
     )
     launcher = launcher_config(settings, cores=4)
-    for config in (launcher.supervisor, launcher.engines[0], launcher.gateway):
+    for config in (launcher.supervisor, launcher.engines[0], launcher.gateways[0]):
         flags = flags_in(arguments_of(config))
         name = flags.pop("name", "")
         again = resolve(flags=flags, environ={}, defaults=Defaults(Path("/x"), Path("/y")))
@@ -81,7 +81,13 @@ def test_the_supervisors_socket_lies_in_the_run_directory() -> None:
 
 
 def test_each_consumer_takes_only_its_own_settings() -> None:
-    assert settings_of(SupervisorConfig) == ["served_model_name", "run_dir", "queue_max"]
+    assert settings_of(SupervisorConfig) == [
+        "served_model_name",
+        "run_dir",
+        "state_dir",
+        "journal_sync",
+        "queue_max",
+    ]
     assert "port" not in settings_of(EngineConfig)
     assert "block_size" not in settings_of(GatewayConfig)
     assert "shutdown_timeout" in settings_of(GatewayConfig)
