@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from tests.simulation.stage import MemoryStore, VirtualStage
-from understudy.actors.supervisor import (
-    PULSE_EVERY_S,
-    Supervisor,
-)
+from understudy.actors.supervisor import PULSE_EVERY_S, Supervisor
+from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import (
     Assign,
     Capacity,
@@ -17,6 +15,7 @@ from understudy.protocol.messages import (
     Dying,
     Failed,
     Hello,
+    Inventory,
     Message,
     ProcessExited,
     Pulse,
@@ -35,7 +34,7 @@ from understudy.protocol.request import (
     extend_prefix_hash,
 )
 from understudy.runtime.control.admission import AdmissionLimits
-from understudy.runtime.control.registry import ENGINE_SILENT_S
+from understudy.runtime.control.health import SILENT_AFTER_S
 from understudy.runtime.control.router import CREDIT_WINDOW_BATCHES
 from understudy.runtime.kit.actor import Effect, Send
 
@@ -105,7 +104,17 @@ class Stage:
         self._pids += 1
         capacity = Capacity(BATCH, model_len, 64, 16) if role is Role.ENGINE else None
         name = identity.rpartition(".")[0]
-        hello = Hello(role, name, self._pids, last_epoch, "demo", "h:1", capacity)
+        hello = Hello(
+            role,
+            name,
+            self._pids,
+            last_epoch,
+            "demo",
+            "h:1",
+            capacity,
+            numerics="echo" if role is Role.ENGINE else "",
+            protocol=PROTOCOL_VERSION,
+        )
         self.turn(identity, hello)
         if role is Role.ENGINE and last_epoch == 0:
             self.answer_canary(identity)
@@ -113,7 +122,8 @@ class Stage:
     def answer_canary(self, engine: str, *tokens: int) -> None:
         """Let a new engine answer as every engine does, or with these tokens."""
         (canary,) = self.sent(engine, Assign)
-        answer = row(canary.request.request_id, 1, tokens or (1, 2, 3), finish=FinishReason.LENGTH)
+        made = tokens or (1, 2, 3)
+        answer = row(canary.request.request_id, *made, finish=FinishReason.LENGTH)
         self.turn(engine, StepOutput(1, (answer,)))
 
     def sent(self, to: str, kind: type[T]) -> list[T]:
@@ -186,7 +196,7 @@ def dies_by_exit(stage: Stage, engine: str) -> None:
 
 def dies_by_silence(stage: Stage, engine: str) -> None:
     others = [identity for identity in (GATEWAY, *ENGINES) if identity != engine]
-    stage.keep_alive(others, seconds=ENGINE_SILENT_S + PULSE_EVERY_S)
+    stage.keep_alive(others, seconds=SILENT_AFTER_S + PULSE_EVERY_S)
 
 
 def dies_by_deafness(stage: Stage, engine: str) -> None:
@@ -198,6 +208,7 @@ def dies_by_a_new_incarnation(stage: Stage, engine: str) -> None:
     stage.join(engine.replace(".1", ".2"), Role.ENGINE)
 
 
-def dies_by_losing_its_session(stage: Stage, engine: str) -> None:
+def comes_back_with_nothing(stage: Stage, engine: str) -> None:
     epoch = next(s.epoch for s in stage.status().engines if engine.startswith(s.name))
     stage.join(engine, Role.ENGINE, last_epoch=epoch)
+    stage.turn(engine, Inventory((), is_last=True))

@@ -11,10 +11,6 @@ from tests.unit.actors.supervisor_stage import (
     row,
     stage_with,
 )
-from understudy.actors.supervisor import (
-    DELIVER_ROWS_MAX,
-    STALL_MAX_S,
-)
 from understudy.protocol.codec import FRAME_BYTES_MAX, Envelope, encode
 from understudy.protocol.messages import (
     Accepted,
@@ -39,6 +35,7 @@ from understudy.protocol.request import (
     extend_prefix_hash,
 )
 from understudy.runtime.control.admission import AdmissionLimits
+from understudy.runtime.control.dispatcher import DELIVER_ROWS_MAX, STALL_MAX_S
 from understudy.runtime.kit.actor import Send
 
 # The life of a request
@@ -124,6 +121,8 @@ def test_requests_wait_for_the_first_engine() -> None:
 def test_an_engine_without_a_capacity_gets_nothing() -> None:
     stage = stage_with(0)
     stage.turn(ENGINES[0], Hello(Role.ENGINE, "engine-0", 41))
+    stage.answer_canary(ENGINES[0])
+    assert stage.status().engines[0].state == "serving"
     stage.turn(GATEWAY, Submit(request(1)))
     assert stage.assigned(ENGINES[0]) == []
     assert stage.status().queued == 1
@@ -175,16 +174,20 @@ def test_only_a_serving_gateway_may_submit() -> None:
     assert stage.assigned(ENGINES[0]) == []
 
 
-def test_a_request_id_that_is_taken_is_rejected_and_the_first_goes_on() -> None:
+def test_a_request_that_is_known_is_joined_by_whoever_submits_it_again() -> None:
     stage = stage_with(1, gateways=2)
     stage.turn(GATEWAY, Submit(request(1)))
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5),)))
     stage.turn("gateway-1.1", Submit(request(1)))
     assert stage.assigned(ENGINES[0]) == [1]
-    (rejected,) = stage.sent("gateway-1.1", Rejected)
-    assert (rejected.request_id, rejected.code) == (1, "internal_error")
+    assert stage.sent("gateway-1.1", Accepted) == [Accepted(1)]
+    assert stage.sent("gateway-1.1", Deliver) == [Deliver((row(1, 5),))]
     stage.turn("gateway-1.1", Cancel(1))
-    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5, finish=FinishReason.STOP),)))
-    assert stage.delivered() == [row(1, 5, finish=FinishReason.STOP)]
+    last = row(1, 6, before=(5,), finish=FinishReason.STOP)
+    stage.turn(ENGINES[0], StepOutput(2, (last,)))
+    assert stage.delivered() == [row(1, 5), last]
+    assert stage.sent("gateway-1.1", Deliver) == []
+    assert stage.status().admitted == 1
 
 
 # Cancelling
