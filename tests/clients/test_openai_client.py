@@ -290,6 +290,20 @@ def test_a_stream_that_cannot_begin_is_an_exception(client: OpenAI) -> None:
         client.completions.create(model=MODEL, prompt=[], stream=True)
 
 
+def test_a_call_with_the_same_idempotency_key_gets_the_same_answer(client: OpenAI) -> None:
+    first, second = (
+        client.chat.completions.create(
+            model=MODEL,
+            messages=HELLO,
+            max_tokens=8,
+            n=2,
+            extra_headers={"Idempotency-Key": "order-66"},
+        )
+        for _ in range(2)
+    )
+    assert first == second
+
+
 def test_what_is_ignored_is_named(client: OpenAI) -> None:
     response = client.chat.completions.with_raw_response.create(
         model=MODEL, messages=HELLO, max_tokens=1, user="me", extra_body={"zebra": 1}
