@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from understudy.actors.gateway import ANSWER_WITHIN_S, NOBODY, Gateway
+from understudy.actors.gateway import ANSWER_WITHIN_S, HOPE_S, NOBODY, Gateway
 from understudy.protocol.errors import (
     AlreadySubmitted,
     InternalError,
@@ -124,15 +124,16 @@ def test_it_says_who_it_is_and_where_it_listens() -> None:
     ]
 
 
-def test_it_knows_the_cluster_as_long_as_it_has_a_session(stage: Stage) -> None:
+def test_it_keeps_the_last_that_it_knew_of_the_cluster_while_the_supervisor_is_away(stage: Stage) -> None:
     assert stage.gateway.is_connected
     assert stage.gateway.cluster == STATE
     stage.turn(Fenced(5))
     assert not stage.gateway.is_connected
-    assert stage.gateway.cluster == NOBODY
+    assert stage.gateway.cluster == STATE
     stage.turn(Welcome(6))
     assert stage.gateway.is_connected
-    assert stage.gateway.cluster == NOBODY
+    assert stage.gateway.cluster == STATE
+    stage.turn(NOBODY)
     stage.turn(STATE)
     assert stage.gateway.cluster == STATE
 
@@ -285,7 +286,7 @@ def test_with_the_next_session_the_open_requests_go_on(
     stage.turn(Deliver((row(3, 0, 5, finish=FinishReason.STOP), row(1, 0, 7, 8))))
     effects = lose(stage)
     assert CloseSession(SUPERVISOR) in effects
-    assert stage.gateway.cluster == NOBODY
+    assert stage.gateway.cluster == STATE
     hellos = [send.message for send in effects if isinstance(send, Send)]
     assert [message.last_epoch for message in hellos if isinstance(message, Hello)] == [5]
     effects = stage.turn(Welcome(6))
@@ -325,12 +326,21 @@ def test_a_request_ends_with_its_last_listener_unless_that_only_leaves(stage: St
 
 
 def test_who_asks_for_a_group_is_told_once(stage: Stage) -> None:
-    answers: list[tuple[Request, ...]] = []
-    stage.gateway.look_up(9, "tenant", answers.append)
-    stage.gateway.look_up(9, "tenant", answers.append)
+    answers: list[Found | None] = []
+    stage.gateway.look_up(9, "tenant", answers.append, stage.now)
+    stage.gateway.look_up(9, "tenant", answers.append, stage.now)
     assert stage.said() == [Lookup(9, "tenant")]
-    stage.turn(Found(9, "tenant", (request(1),)), Found(9, "tenant", ()))
-    assert answers == [(request(1),), (request(1),)]
+    found = Found(9, "tenant", (request(1),), (5,))
+    stage.turn(found, Found(9, "tenant", ()))
+    assert answers == [found, found]
+
+
+def test_a_question_that_nobody_answers_ends(stage: Stage) -> None:
+    answers: list[Found | None] = []
+    stage.gateway.look_up(9, "tenant", answers.append, stage.now)
+    stage.now += HOPE_S
+    stage.turn()
+    assert answers == [None]
 
 
 def test_a_call_that_was_made_before_is_told_where_it_lives(stage: Stage) -> None:
