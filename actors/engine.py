@@ -182,7 +182,7 @@ class Engine:
 
     def _report(self, rows: list[TokenRow]) -> None:
         """Tell the supervisor what a step made, now or with the next inventory."""
-        rows = [row for row in rows if row.request_id in self._outputs]  # the others: cancelled
+        rows = [row for row in rows if self._is_wanted(row)]
         for row in rows:
             output = self._outputs[row.request_id]
             output.logprobs.extend(row.logprobs)
@@ -195,6 +195,11 @@ class Engine:
             self._ended.popitem(last=False)
         if rows and self._membership.is_open:
             self.outbox.send(SUPERVISOR, StepOutput(self._step, tuple(rows)))
+
+    def _is_wanted(self, row: TokenRow) -> bool:
+        """Whether a row is of the attempt that is here; of others, cancelled ends come late."""
+        output = self._outputs.get(row.request_id)
+        return output is not None and output.sequence.attempt == row.attempt
 
     def _assign(self, assign: Assign) -> None:
         sequence = Sequence(assign.request, attempt=assign.attempt, output=assign.output)

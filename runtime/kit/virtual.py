@@ -89,6 +89,8 @@ class _Player:
     clock: VirtualClock
     inbox: list[tuple[str, bytes]] = field(default_factory=list)
     turn_at: float | None = None
+    frozen_until: float = 0.0
+    """No turn and no beat before: its process is stopped, and what is sent to it waits."""
     alarms: set[float] = field(default_factory=set)
     """When it will be looked at; only the alarm at ``turn_at`` makes a turn."""
 
@@ -134,6 +136,12 @@ class VirtualLoop:
         player = self._players.pop(name)
         del self._by_identity[player.identity]
         self._record(f"crash {player.identity}")
+
+    def freeze(self, name: str, seconds: float) -> None:
+        """Stop an actor's process for a while, as SIGSTOP does; it knows nothing of it."""
+        player = self._players[name]
+        player.frozen_until = max(player.frozen_until, self.now + seconds)
+        self._record(f"freeze {player.identity} for {seconds}")
 
     def restart(self, name: str) -> Actor:
         """Start an actor's next incarnation from its factory."""
@@ -190,6 +198,9 @@ class VirtualLoop:
         if player.turn_at != at or self._by_identity.get(player.identity) is not player:
             return
         player.turn_at = None
+        if self.now < player.frozen_until:
+            self._schedule_turn(player, player.frozen_until)
+            return
         player.clock.advance_to(self.now)
         frames, player.inbox = player.inbox, []
         outgoing = player.driver.turn(frames)
@@ -206,8 +217,9 @@ class VirtualLoop:
     def _beat(self, player: _Player, actor: BeatingActor) -> None:
         if self._by_identity.get(player.identity) is not player:
             return
-        frame = player.driver.sessions.datagram(SUPERVISOR, actor.heartbeat(self.now))
-        self._send_all(player, [Outgoing(SUPERVISOR, frame)])
+        if self.now >= player.frozen_until:
+            frame = player.driver.sessions.datagram(SUPERVISOR, actor.heartbeat(self.now))
+            self._send_all(player, [Outgoing(SUPERVISOR, frame)])
         self.at(self.now + BEAT_EVERY_S, lambda: self._beat(player, actor))
 
     def _send_all(self, source: _Player, outgoing: list[Outgoing]) -> None:

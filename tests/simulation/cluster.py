@@ -7,15 +7,15 @@ every position once and in order, one end, and nothing after it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
-from tests.simulation.stage import MemoryStore, VirtualCard, VirtualStage
+from tests.simulation.stage import VirtualCard, VirtualStage
 from understudy.actors.engine import Engine, engine_hello
 from understudy.actors.gateway import Gateway
-from understudy.actors.supervisor import Supervisor
-from understudy.protocol.errors import RequestError
+from understudy.actors.supervisor import Supervisor, restored_entries
+from understudy.protocol.errors import NotFound, RequestError
 from understudy.protocol.messages import (
     Assign,
     Message,
@@ -33,11 +33,14 @@ from understudy.protocol.request import (
     extend_prefix_hash,
 )
 from understudy.runtime.control.admission import AdmissionLimits
+from understudy.runtime.control.ledger import Entry
 from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox, Send
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.virtual import NetworkFaults, VirtualLoop, VirtualNetwork
 from understudy.runtime.scheduling.scheduler import SchedulerConfig
+from understudy.runtime.storage.journal import Journal, JournalOptions
+from understudy.runtime.storage.virtual_disk import Killed, VirtualDisk
 
 LAUNCHER: Final = "launcher"
 VOCAB_SIZE: Final = 500
@@ -47,19 +50,33 @@ SCHEDULER: Final = SchedulerConfig(
 )
 STEP_S: Final = 0.01
 RETRY_AFTER_S: Final = 0.25
+LEFTOVERS_END_S: Final = 90.0
 
 
 CHECK_EVERY_TURNS: Final = 10
 
 
+JOURNAL: Final = JournalOptions(segment_bytes=16 * 1024, compact_above_bytes=64 * 1024)
+"""Small enough that a history of seconds fills segments and compacts them."""
+
+
 class CheckedSupervisor(Supervisor):
-    """The supervisor, which looks every few turns whether it agrees with itself."""
+    """The supervisor, which looks every few turns whether it agrees with itself.
+
+    ``on_killed`` is called if it dies in the middle of writing its journal.
+    """
 
     turns = 0
+    on_killed: Callable[[], None]
 
     def decide(self, now: float) -> None:
         """Decide, and check."""
-        super().decide(now)
+        try:
+            super().decide(now)
+        except Killed:
+            self.outbox.take()  # nothing leaves a process that is dead
+            self.on_killed()
+            return
         self.turns += 1
         if self.turns % CHECK_EVERY_TURNS == 0:
             self.check_integrity()
@@ -90,10 +107,13 @@ class Client:
         self.tokens: list[int] = []
         self.engines: list[str] = []
         self.end: str | None = None
-        """``stop``, ``length``… or an error's code; ``left`` if it went away by itself, ``hung up``
-        if its gateway died."""
+        """``stop``, ``length``… or an error's code; ``left`` if it went away by itself."""
         self.is_in = False
         """Whether it has handed in its request."""
+        self.gateway = ""
+        """The gateway that it is connected to."""
+        self.on_not_found: Callable[[], None] | None = None
+        """What it does if the stream that it wants to join again is not there."""
         self._prefix_hash = 0
 
     def deliver(self, row: TokenRow, engine: str) -> None:
@@ -113,6 +133,10 @@ class Client:
     def fail(self, error: RequestError) -> None:
         """Take in the end."""
         assert self.end is None, f"{self.request.request_id}: {error} after {self.end}"
+        if isinstance(error, NotFound) and self.on_not_found is not None and not self.tokens:
+            # The gateway died before anybody else had heard of the request.
+            self.on_not_found()
+            return
         self.end = error.code or "error"
 
 
@@ -134,21 +158,29 @@ class Cluster:
         self.clients: list[Client] = []
         self.engine_names = [f"engine-{number}" for number in range(engines)]
         self.gateway_names = [f"gateway-{number}" for number in range(gateways)]
-        self._gateway_of: dict[int, str] = {}
         self.stage = VirtualStage()
-        self.store = MemoryStore()
+        self.stage.on_kill = self._kill
+        self.disk = VirtualDisk(seed)
+        self.is_disk_sound = True
+        """Whether the disk has taken everything so far."""
 
         def make_supervisor(incarnation: int, clock: VirtualClock) -> Supervisor:
+            journal, recovery = Journal.open(self.disk, JOURNAL, clock.now())
+            assert not recovery.damage
             supervisor = CheckedSupervisor(
                 model="echo",
                 first_epoch=incarnation << 32,
-                journal=self.store,
+                journal=journal,
                 probe=self.stage,
                 stage=self.stage,
                 limits=limits,
                 started_at=clock.now(),
             )
-            supervisor.restore(self.store.recover(), clock.now())
+            supervisor.on_killed = self._die_in_a_write
+            entries = restored_entries(journal, recovery)
+            if self.is_disk_sound:
+                self._check_remembered(entries)
+            supervisor.restore(entries, clock.now())
             return supervisor
 
         self.loop.add(SUPERVISOR, make_supervisor)
@@ -182,8 +214,8 @@ class Cluster:
     def submit(self, request: Request, *, at: float, gateway: str = "gateway-0") -> Client:
         """Let a client come; it comes back until its gateway is connected."""
         client = Client(request)
+        client.gateway = gateway
         self.clients.append(client)
-        self._gateway_of[request.request_id] = gateway
         self.loop.at(at, lambda: self._try(client))
         return client
 
@@ -193,23 +225,40 @@ class Cluster:
         def go() -> None:
             if client.end is None:
                 client.end = "left"
-                gateway = self._gateway_of[client.request.request_id]
-                if self.loop.is_on_stage(gateway):
-                    self.gateway(gateway).cancel(client.request.request_id, client)
-                    self.loop.wake(gateway)
+                if self.loop.is_on_stage(client.gateway):
+                    self.gateway(client.gateway).cancel(client.request.request_id, client)
+                    self.loop.wake(client.gateway)
 
         self.loop.at(at, go)
 
     def _try(self, client: Client) -> None:
         if client.end is not None:
             return
-        name = self._gateway_of[client.request.request_id]
+        name = client.gateway
         if not self.loop.is_on_stage(name) or not self.gateway(name).is_connected:
             self.loop.at(self.loop.now + RETRY_AFTER_S, lambda: self._try(client))
             return
         client.is_in = True
         self.gateway(name).submit(client.request, client, self.loop.now)
         self.loop.wake(name)
+
+    def _join_again(self, client: Client) -> None:
+        """Let a client whose connection broke go on with its stream, by any gateway."""
+        if client.end is not None:
+            return
+        able = [
+            name
+            for name in self.gateway_names
+            if self.loop.is_on_stage(name) and self.gateway(name).is_connected
+        ]
+        if not able:
+            self.loop.at(self.loop.now + RETRY_AFTER_S, lambda: self._join_again(client))
+            return
+        request_id = client.request.request_id
+        client.gateway = able[request_id % len(able)]
+        client.on_not_found = lambda: self.loop.at(self.loop.now, lambda: self._try(client))
+        self.gateway(client.gateway).attach(request_id, client, len(client.tokens))
+        self.loop.wake(client.gateway)
 
     # Faults
 
@@ -227,23 +276,58 @@ class Cluster:
         self.loop.at(at, crash)
         self.loop.at(at + back_after_s, lambda: self._restart(name))
 
-    def crash_supervisor(self, *, at: float, back_after_s: float) -> None:
-        """Kill the supervisor and start it again; it remembers what it wrote down."""
-        self.loop.at(at, lambda: self._crash(SUPERVISOR))
-        self.loop.at(at + back_after_s, lambda: self._restart(SUPERVISOR))
+    def crash_supervisor(
+        self, *, at: float, back_after_s: float, in_write_after: int | None = None
+    ) -> None:
+        """Kill the supervisor and start it again; it remembers what it wrote down.
+
+        With ``in_write_after`` it dies in the middle of a write, after so many bytes more; if it
+        has not written so many by the time it should be back, it lives on.
+        """
+
+        def crash() -> None:
+            if in_write_after is None:
+                self._crash(SUPERVISOR)
+            else:
+                self.disk.faults.kill_after_bytes = in_write_after
+
+        def restart() -> None:
+            self.disk.faults.kill_after_bytes = None
+            self._restart(SUPERVISOR)
+
+        self.loop.at(at, crash)
+        self.loop.at(at + back_after_s, restart)
 
     def crash_gateway(self, name: str, *, at: float, back_after_s: float) -> None:
-        """Kill a gateway, and with it the connections of its clients."""
+        """Kill a gateway, and with it the connections of its clients, who come back."""
 
         def crash() -> None:
             self._crash(name)
             for client in self.clients:
-                is_here = client.is_in and self._gateway_of[client.request.request_id] == name
-                if is_here and client.end is None:
-                    client.end = "hung up"
+                if client.is_in and client.gateway == name and client.end is None:
+                    self._join_again(client)
 
         self.loop.at(at, crash)
         self.loop.at(at + back_after_s, lambda: self._restart(name))
+
+    def freeze(self, name: str, *, at: float, seconds: float) -> None:
+        """Stop a process for a while, as SIGSTOP does."""
+
+        def stop() -> None:
+            if self.loop.is_on_stage(name):
+                self.loop.freeze(name, seconds)
+
+        self.loop.at(at, stop)
+
+    def fill_disk(self, *, at: float, seconds: float) -> None:
+        """Let the disk take nothing for a while."""
+
+        def fill(*, is_full: bool) -> None:
+            self.disk.faults.is_full = is_full
+            self.is_disk_sound = False
+
+        self.loop.at(at, partial(fill, is_full=True))
+        self.loop.at(at + seconds, partial(fill, is_full=False))
 
     def cut(self, source: str, target: str, *, at: float, seconds: float) -> None:
         """Let nothing pass from one actor to another for a while."""
@@ -252,6 +336,31 @@ class Cluster:
     def _crash(self, name: str) -> None:
         if self.loop.is_on_stage(name):
             self.loop.crash(name)
+            if name == SUPERVISOR:
+                self.disk.crash_process()
+
+    def _die_in_a_write(self) -> None:
+        """The supervisor has died in the middle of a write; it is back when it was to be."""
+        self._crash(SUPERVISOR)
+
+    def _kill(self, pid: int) -> None:
+        """The supervisor has killed an engine; a launcher starts the next one."""
+        for name in self.engine_names:
+            if pid_of(name, self.loop.incarnation(name)) == pid and self.loop.is_on_stage(name):
+                # Not before the supervisor's turn is over.
+                self.loop.at(self.loop.now, lambda name=name: self._crash(name))
+                self.loop.at(self.loop.now + 0.5, lambda name=name: self._restart(name))
+
+    def _check_remembered(self, entries: Iterable[Entry]) -> None:
+        """Whatever a client was told is in the journal."""
+        known = {entry.request_id: entry for entry in entries}
+        for client in self.clients:
+            if client.tokens or client.end in {"stop", "length"}:
+                entry = known.get(client.request.request_id)
+                assert entry is not None, f"{client.request}: {client.end}: forgotten"
+                told = len(client.tokens)
+                assert entry.output[:told] == client.tokens, f"{client.request}: forgotten"
+                assert entry.finish or client.end not in {"stop", "length"}, f"{client.request}"
 
     def _restart(self, name: str) -> None:
         if not self.loop.is_on_stage(name):
@@ -265,6 +374,10 @@ class Cluster:
 
     def _all_have_ended(self) -> bool:
         return all(client.end is not None for client in self.clients)
+
+    def _is_idle(self) -> bool:
+        """Whether nothing waits or runs: what clients left behind may go on for a while."""
+        return not self.supervisor.dispatcher.num_living
 
     def status(self) -> StatusReply:
         """What the supervisor would tell an operator."""
@@ -280,6 +393,7 @@ class Cluster:
         assert not open_clients, f"at {self.loop.now:.3f} s without an end: {open_clients}"
         # The last cancellations may still be on their way, or a member have to be missed first.
         self.loop.run_until(self.loop.now + 6.0)
+        self.loop.run_until(self.loop.now + LEFTOVERS_END_S, stop_when=self._is_idle)
         self.supervisor.check_integrity()
         status = self.status()
         assert (status.queued, status.running) == (0, 0)

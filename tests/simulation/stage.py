@@ -6,13 +6,10 @@ was killed, and what was written down, so that the next supervisor can read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from understudy.protocol.request import Request
 from understudy.runtime.control.health import ProcessState
-from understudy.runtime.control.ledger import Entry
-from understudy.runtime.storage.journal import Degraded
-from understudy.runtime.storage.records import Admit, Assign, End, Record, Step
 
 
 class VirtualCard:
@@ -58,51 +55,3 @@ class VirtualStage:
     def state(self, pid: int, start_time: int) -> ProcessState:
         """See ``ProcProbe``."""
         return self.states.get(pid, ProcessState.UNKNOWN)
-
-
-class MemoryStore:
-    """A journal that outlives its supervisor, and no machine."""
-
-    wake_at: float | None = None
-    degraded: Degraded | None = None
-
-    def __init__(self) -> None:
-        self._pending: list[Record] = []
-        self._written: list[Record] = []
-
-    def append(self, added: Sequence[Record]) -> None:
-        """See ``Journal``."""
-        self._pending += added
-
-    def commit(self, now: float) -> None:
-        """See ``Journal``."""
-        self._written += self._pending
-        self._pending = []
-
-    def recover(self) -> list[Entry]:
-        """What was written: every request, as the ledger knew it. What was not is lost."""
-        self._pending = []
-        entries: dict[int, Entry] = {}
-        for record in self._written:
-            match record:
-                case Admit(request, _, admitted_at):
-                    entries[request.request_id] = Entry(request, admitted_at)
-                case Assign(request_id, attempt, engine, epoch):
-                    entry = entries[request_id]
-                    entry.attempt, entry.engine, entry.epoch = attempt, engine, epoch
-                case Step(rows):
-                    for row in rows:
-                        entry = entries[row.request_id]
-                        assert row.position == len(entry.output)
-                        entry.output += row.tokens
-                        entry.logprobs += row.logprobs
-                        entry.prefix_hash = row.prefix_hash
-                        if row.finish:
-                            entry.finish, entry.engine = row.finish, None
-                case End(request_id, reason, code, message):
-                    entry = entries[request_id]
-                    entry.finish, entry.engine = int(reason), None
-                    entry.error_code, entry.error_message = code, message
-                case _:
-                    pass
-        return list(entries.values())

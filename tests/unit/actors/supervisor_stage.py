@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-from tests.simulation.stage import MemoryStore, VirtualStage
+from tests.simulation.stage import VirtualStage
 from understudy.actors.supervisor import PULSE_EVERY_S, Supervisor
 from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import (
@@ -37,6 +37,8 @@ from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.health import SILENT_AFTER_S
 from understudy.runtime.control.router import CREDIT_WINDOW_BATCHES
 from understudy.runtime.kit.actor import Effect, Send
+from understudy.runtime.storage.journal import Journal, JournalOptions
+from understudy.runtime.storage.virtual_disk import VirtualDisk
 
 T = TypeVar("T")
 
@@ -70,11 +72,11 @@ class Stage:
     def __init__(self, *, limits: AdmissionLimits | None = None) -> None:
         self.now = START_S
         self.machine = VirtualStage()
-        self.store = MemoryStore()
+        self.disk = VirtualDisk()
         self.supervisor = Supervisor(
             model="demo",
             first_epoch=100,
-            journal=self.store,
+            journal=Journal.open(self.disk, JournalOptions(), START_S).journal,
             probe=self.machine,
             stage=self.machine,
             limits=limits,

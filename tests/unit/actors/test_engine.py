@@ -294,6 +294,15 @@ def test_a_later_attempt_takes_the_place_of_an_earlier_one(stage: Stage) -> None
     assert (row.attempt, row.position) == (2, 2)
 
 
+def test_an_attempt_that_was_taken_back_says_nothing_beside_the_one_that_replaces_it(
+    stage: Stage,
+) -> None:
+    stage.rows(Assign(request(1, max_tokens=20), 1))
+    (row,) = stage.rows(Cancel(1), Assign(request(1, max_tokens=20), 2, (5,)))
+    assert (row.attempt, row.position, row.finish) == (2, 1, 0)
+    assert stage.num_sequences == 1
+
+
 def test_it_wants_its_next_turn_at_once_while_there_is_work(stage: Stage) -> None:
     idle_until = stage.engine.wake_at
     assert idle_until is not None

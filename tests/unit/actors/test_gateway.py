@@ -124,7 +124,9 @@ def test_it_says_who_it_is_and_where_it_listens() -> None:
     ]
 
 
-def test_it_keeps_the_last_that_it_knew_of_the_cluster_while_the_supervisor_is_away(stage: Stage) -> None:
+def test_it_keeps_the_last_that_it_knew_of_the_cluster_while_the_supervisor_is_away(
+    stage: Stage,
+) -> None:
     assert stage.gateway.is_connected
     assert stage.gateway.cluster == STATE
     stage.turn(Fenced(5))
