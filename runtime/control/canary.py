@@ -14,11 +14,13 @@ from understudy.protocol.request import Request, SamplingParams
 CANARY_TOKENS: Final = 8
 CANARY_WITHIN_S: Final = 30.0
 """An engine that has not answered by then is not let in."""
+_FIRST_ID: Final = 1 << 63
 _PROMPT: Final = (1, 2, 3, 5, 8, 13, 21, 34)
 
 
-def canary_request(request_id: int) -> Request:
-    """The canary, under an id of its own."""
+def canary_request(number: int) -> Request:
+    """The canary, under an id that no gateway gives to a request: those have 63 bits."""
+    request_id = _FIRST_ID + number
     params = SamplingParams(seed=0, max_tokens=CANARY_TOKENS, temperature=0.0)
     return Request(request_id, request_id, _PROMPT, params)
 

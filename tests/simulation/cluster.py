@@ -244,6 +244,7 @@ class Cluster:
 
     def _join_again(self, client: Client) -> None:
         """Let a client whose connection broke go on with its stream, by any gateway."""
+        client.is_in = False
         if client.end is not None:
             return
         able = [
@@ -257,6 +258,7 @@ class Cluster:
         request_id = client.request.request_id
         client.gateway = able[request_id % len(able)]
         client.on_not_found = lambda: self.loop.at(self.loop.now, lambda: self._try(client))
+        client.is_in = True
         self.gateway(client.gateway).attach(request_id, client, len(client.tokens))
         self.loop.wake(client.gateway)
 
@@ -302,6 +304,8 @@ class Cluster:
         """Kill a gateway, and with it the connections of its clients, who come back."""
 
         def crash() -> None:
+            if not self.loop.is_on_stage(name):
+                return
             self._crash(name)
             for client in self.clients:
                 if client.is_in and client.gateway == name and client.end is None:
