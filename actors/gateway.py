@@ -248,16 +248,16 @@ class Gateway:
             self._take_up_again()
 
     def _take_up_again(self) -> None:
-        """Say what is held, and submit again what was never answered."""
-        held = tuple(
-            HeldRequest(request_id, opened.next_position)
-            for request_id, opened in self._open.items()
-            if opened.request is None
-        )
-        self.outbox.send(SUPERVISOR, Reclaim(held))
+        """Submit again what was never answered, and say what is held.
+
+        In this order, for what was not answered may have been heard all the same: what is held is
+        all that the supervisor may keep for this gateway.
+        """
         for opened in self._open.values():
             if opened.request is not None:
                 self.outbox.send(SUPERVISOR, Submit(opened.request))
+        held = [HeldRequest(number, one.next_position) for number, one in self._open.items()]
+        self.outbox.send(SUPERVISOR, Reclaim(tuple(held)))
         for group_id, tenant in self._seekers:
             self.outbox.send(SUPERVISOR, Lookup(group_id, tenant))
 

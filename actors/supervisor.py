@@ -82,7 +82,6 @@ class RecordStore(Protocol):
         """When to commit even if nothing was appended."""
         ...
 
-
     @property
     def degraded(self) -> Degraded | None:
         """Why and since when not everything is on the disk; ``None`` if it is."""
@@ -257,6 +256,7 @@ class Supervisor:
         self.outbox.send(identity, Welcome(member.epoch, protocol))
         if greeting.is_new_session:
             self.outbox.open_session(identity, member.epoch, protocol)
+            self._dispatcher.begin_inventory(member)
             if protocol < INVENTORY_SINCE:
                 self._dispatcher.end_inventory(member)
             self._has_news = True

@@ -45,6 +45,7 @@ from understudy.runtime.control.ledger import Entry, Ledger, Verdict
 from understudy.runtime.control.quarantine import Quarantine
 from understudy.runtime.control.registry import Member
 from understudy.runtime.control.request_queue import RequestQueue
+from understudy.runtime.control.totals import Totals
 from understudy.runtime.kit.actor import Outbox
 from understudy.runtime.storage import records
 
@@ -57,28 +58,6 @@ CATCH_UP_TOKENS_MAX: Final = 8192
 UNCLAIMED_MAX_S: Final = 60.0
 """A request whose gateway is gone ends if no client has joined its stream again by then. One with
 an idempotency key goes on: its client may send it again at any time."""
-
-
-class Totals:
-    """Counts since the start."""
-
-    __slots__ = (
-        "admitted",
-        "adopted",
-        "broken",
-        "finished",
-        "quarantined",
-        "rejected",
-        "resumed",
-        "resumed_inexact",
-        "stale",
-        "tokens",
-    )
-
-    def __init__(self) -> None:
-        self.admitted = self.finished = self.rejected = self.tokens = 0
-        self.resumed_inexact = 0
-        self.resumed = self.adopted = self.stale = self.broken = self.quarantined = 0
 
 
 class Dispatcher:
@@ -250,7 +229,9 @@ class Dispatcher:
         for row in rows:
             rest = self._ledger.adopt(row, engine.identity, engine.epoch, now)
             if rest is None:
-                self._outbox.send(engine.identity, Cancel(row.request_id))
+                # If it has the request anew, that attempt takes the place of what it tells of.
+                if row.request_id not in self._with_engine[engine.identity]:
+                    self._outbox.send(engine.identity, Cancel(row.request_id))
                 continue
             entry = self._ledger.get(row.request_id)
             assert entry is not None
@@ -258,18 +239,22 @@ class Dispatcher:
             entry.numerics = engine.numerics
             self._queue.remove(row.request_id)
             self._with_engine[engine.identity].add(row.request_id)
-            engine.inventory.add(row.request_id)
+            engine.unclaimed.discard(row.request_id)
             if rest.tokens or rest.finish:
                 self._records.append(records.Step((rest,)))
                 self._pass_on(entry, rest, engine, now)
 
+    def begin_inventory(self, engine: Member) -> None:
+        """A session with an engine has opened: it will tell what of its requests it still has."""
+        engine.unclaimed = set(self._with_engine[engine.identity])
+
     def end_inventory(self, engine: Member) -> None:
-        """An engine has told all that it holds: whatever else was with it is with nobody."""
-        for request_id in sorted(self._with_engine[engine.identity] - engine.inventory):
+        """An engine has told all that it holds: what else was with it then is with nobody."""
+        for request_id in sorted(engine.unclaimed & self._with_engine[engine.identity]):
             entry = self._ledger.get(request_id)
             assert entry is not None
             self._take_back(entry)
-        engine.inventory.clear()
+        engine.unclaimed.clear()
 
     def refused(self, request_id: int, attempt: int, engine: str, error: RequestError) -> None:
         """An engine cannot serve a request."""
@@ -402,6 +387,7 @@ class Dispatcher:
             self.totals.resumed_inexact += 1
         entry.numerics = engine.numerics
         self._with_engine[engine.identity].add(request_id)
+        engine.unclaimed.discard(request_id)
         self._records.append(
             records.Assign(request_id, entry.attempt, engine.identity, engine.epoch)
         )

@@ -47,8 +47,8 @@ class Member:
     state: MemberState = MemberState.SERVING
     restarts: int = 0
     beat: Heartbeat | None = None
-    inventory: set[int] = field(default_factory=set)
-    """Requests that an engine said it still has, while it is telling."""
+    unclaimed: set[int] = field(default_factory=set)
+    """Requests that an engine had when its session opened, and has not said yet that it has."""
     silent_since: float | None = None
     """Since when a dead engine's process has lived on without a word."""
 
@@ -122,7 +122,6 @@ class Registry:
         if hello.last_epoch < member.epoch:
             return Greeting(member, False, None)
         member.epoch = self._take_epoch()
-        member.inventory.clear()
         return Greeting(member, True, None)
 
     def get(self, identity: str) -> Member | None:

@@ -1,13 +1,18 @@
 """One seed, one history: what a cluster has to go through, all of it drawn from the seed.
 
-``python -m tests.simulation.chaos SEED …`` repeats it, from the repository's root.
+``python -m tests.simulation.chaos SEED …`` repeats it, from the repository's root, and
+``python -m tests.simulation.chaos 0:10000`` plays so many on all cores.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Final
 
 from tests.simulation.cluster import Cluster, draw_requests, undisturbed
@@ -46,7 +51,8 @@ class SeedFailed(AssertionError):
 
     def __init__(self, seed: int, error: BaseException) -> None:
         super().__init__(
-            f"seed {seed}: {type(error).__name__}: {error}\nrepeat it with: python -m tests.simulation.chaos {seed}"
+            f"seed {seed}: {type(error).__name__}: {error}\n"
+            f"repeat it with: python -m tests.simulation.chaos {seed}"
         )
 
 
@@ -145,10 +151,37 @@ def describe(history: History) -> str:
     return "\n  ".join([*lines, *history.events, history.cluster.loop.trace_hash()])
 
 
-def _main(seeds: list[str]) -> None:
-    for seed in seeds:
-        sys.stdout.write(describe(play(int(seed))) + "\n")
+def play_many(seeds: Iterable[int]) -> list[str]:
+    """Play seeds on all cores; what is wrong with each that failed."""
+    with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
+        return [failure for failure in pool.map(_failure, seeds, chunksize=8) if failure]
+
+
+def _failure(seed: int) -> str:
+    try:
+        play(seed)
+    except SeedFailed as failure:
+        return str(failure)
+    return ""
+
+
+def _main(words: list[str]) -> int:
+    """Describe single seeds, or play a range of them (``0:1000``)."""
+    status = 0
+    for word in words:
+        first, colon, end = word.partition(":")
+        if not colon:
+            sys.stdout.write(describe(play(int(word))) + "\n")
+            continue
+        seeds = range(int(first), int(end))
+        started_at = time.monotonic()
+        failures = play_many(seeds)
+        sys.stdout.writelines(failure + "\n" for failure in failures)
+        took_s = time.monotonic() - started_at
+        sys.stdout.write(f"{len(seeds)} seeds, {len(failures)} failed, {took_s:.0f} s\n")
+        status = 1 if failures else status
+    return status
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    sys.exit(_main(sys.argv[1:]))

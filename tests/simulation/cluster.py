@@ -161,6 +161,7 @@ class Cluster:
         self.stage = VirtualStage()
         self.stage.on_kill = self._kill
         self.disk = VirtualDisk(seed)
+        self._calm_at = 0.0
         self.is_disk_sound = True
         """Whether the disk has taken everything so far."""
 
@@ -317,6 +318,8 @@ class Cluster:
     def freeze(self, name: str, *, at: float, seconds: float) -> None:
         """Stop a process for a while, as SIGSTOP does."""
 
+        self._calm_at = max(self._calm_at, at + seconds)
+
         def stop() -> None:
             if self.loop.is_on_stage(name):
                 self.loop.freeze(name, seconds)
@@ -352,8 +355,8 @@ class Cluster:
         for name in self.engine_names:
             if pid_of(name, self.loop.incarnation(name)) == pid and self.loop.is_on_stage(name):
                 # Not before the supervisor's turn is over.
-                self.loop.at(self.loop.now, lambda name=name: self._crash(name))
-                self.loop.at(self.loop.now + 0.5, lambda name=name: self._restart(name))
+                self.loop.at(self.loop.now, partial(self._crash, name))
+                self.loop.at(self.loop.now + 0.5, partial(self._restart, name))
 
     def _check_remembered(self, entries: Iterable[Entry]) -> None:
         """Whatever a client was told is in the journal."""
@@ -396,7 +399,7 @@ class Cluster:
         open_clients = [client.request.request_id for client in self.clients if client.end is None]
         assert not open_clients, f"at {self.loop.now:.3f} s without an end: {open_clients}"
         # The last cancellations may still be on their way, or a member have to be missed first.
-        self.loop.run_until(self.loop.now + 6.0)
+        self.loop.run_until(max(self.loop.now, self._calm_at) + 6.0)
         self.loop.run_until(self.loop.now + LEFTOVERS_END_S, stop_when=self._is_idle)
         self.supervisor.check_integrity()
         status = self.status()

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from tests.simulation.chaos import SeedFailed, play
+from tests.simulation.chaos import SeedFailed, play, play_many
 from tests.simulation.cluster import (
     SCHEDULER,
     STEP_S,
@@ -18,13 +18,12 @@ from tests.simulation.cluster import (
     draw_requests,
     undisturbed,
 )
-from understudy.actors.supervisor import STALL_MAX_S
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.control.admission import AdmissionLimits
-from understudy.runtime.control.registry import ENGINE_SILENT_S, GATEWAY_SILENT_S
+from understudy.runtime.control.dispatcher import STALL_MAX_S, UNCLAIMED_MAX_S
+from understudy.runtime.control.health import SILENT_AFTER_S
 from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR
-from understudy.runtime.kit.membership import SUPERVISOR_SILENT_S
 from understudy.runtime.kit.virtual import NetworkFaults
 from understudy.runtime.scheduling.decision import SampledToken
 
@@ -94,7 +93,7 @@ def test_without_faults_everything_is_done_once(calm: Cluster) -> None:
     status = calm.status()
     assert (status.admitted, status.finished, status.resumed) == (200, 200, 0)
     assert status.tokens == sum(len(client.tokens) for client in calm.clients)
-    assert calm.supervisor.totals.stale == calm.supervisor.totals.broken == 0
+    assert calm.supervisor.dispatcher.totals.stale == calm.supervisor.dispatcher.totals.broken == 0
     assert calm.network.lost == 0
     assert all(len(client.engines) == 1 for client in calm.clients)
     assert {client.engines[0] for client in calm.clients} == set(calm.engine_names)
@@ -121,10 +120,10 @@ def test_each_step_of_an_engine_costs_one_message_however_many_tokens_it_made() 
 @pytest.mark.parametrize("is_told", [True, False], ids=["told", "silent"])
 def test_a_crashed_engines_streams_go_on_where_they_stood(*, is_told: bool) -> None:
     cluster = Cluster(1, engines=2, step_s=0.05)
-    clients = [cluster.submit(long_request(number), at=0.5) for number in range(1, 9)]
-    cluster.crash_engine("engine-0", at=2.0, back_after_s=60.0, is_told=is_told)
+    clients = [cluster.submit(long_request(number), at=1.0) for number in range(1, 9)]
+    cluster.crash_engine("engine-0", at=2.5, back_after_s=60.0, is_told=is_told)
     stood: list[int] = []
-    cluster.loop.at(2.0, lambda: stood.extend(len(client.tokens) for client in clients))
+    cluster.loop.at(2.5, lambda: stood.extend(len(client.tokens) for client in clients))
     cluster.run(30.0)
     check_outputs(clients)
     moved = [client for client in clients if len(client.engines) == 2]
@@ -201,22 +200,15 @@ def test_a_cut_of_each_link_and_direction_loses_and_doubles_nothing(
     cluster.cut(source, target, at=1.0, seconds=seconds)
     cluster.run(60.0)
     cluster.check_all_ended()
-    if "gateway-0" in {source, target} and seconds >= min(SUPERVISOR_SILENT_S, GATEWAY_SILENT_S):
-        # The session is over, and with it all that the gateway had in it.
-        assert {client.end for client in clients} <= {"stop", "length", "internal_error"}
-        whole = undisturbed(client.request for client in clients)
-        for client in clients:
-            assert client.tokens == whole[client.request.request_id][: len(client.tokens)]
-    else:
-        check_outputs(clients)
+    check_outputs(clients)
 
 
 def test_a_short_cut_costs_no_engine_its_session() -> None:
     cluster = Cluster(7, step_s=0.05)
     clients = crowd(cluster, 40)
     for name in cluster.engine_names:
-        cluster.cut(name, SUPERVISOR, at=1.0, seconds=ENGINE_SILENT_S - 0.1)
-        cluster.cut(SUPERVISOR, name, at=1.0, seconds=ENGINE_SILENT_S - 0.1)
+        cluster.cut(name, SUPERVISOR, at=1.0, seconds=SILENT_AFTER_S - 0.1)
+        cluster.cut(SUPERVISOR, name, at=1.0, seconds=SILENT_AFTER_S - 0.1)
     cluster.run(60.0)
     cluster.check_all_ended()
     check_outputs(clients)
@@ -257,23 +249,29 @@ def test_a_terrible_network_is_slow_and_right(faults: NetworkFaults) -> None:
 # Gateways and clients
 
 
-def test_a_crashed_gateway_frees_the_engines_and_the_next_one_serves() -> None:
+def test_clients_of_a_crashed_gateway_go_on_by_another_or_by_the_next() -> None:
     cluster = Cluster(10, gateways=2, step_s=0.05)
-    lost = [cluster.submit(long_request(number), at=0.5) for number in range(1, 60)]
-    kept = [
-        cluster.submit(long_request(number), at=0.5, gateway="gateway-1")
-        for number in range(60, 70)
-    ]
+    moved = [cluster.submit(long_request(number), at=0.5) for number in range(1, 40)]
     cluster.crash_gateway("gateway-0", at=1.0, back_after_s=1.0)
-    later = [cluster.submit(long_request(number), at=3.0) for number in range(70, 80)]
-    freed_at = 1.0 + GATEWAY_SILENT_S + 0.5
-    cluster.loop.run_until(freed_at)
-    assert {client.end for client in lost} == {"hung up"}
-    status = cluster.status()
-    assert status.queued + status.running <= len(kept) + len(later)
+    cluster.crash_gateway("gateway-1", at=1.5, back_after_s=3.0)
     cluster.run(60.0)
     cluster.check_all_ended()
-    check_outputs(kept + later)
+    check_outputs(moved)
+    assert cluster.status().resumed == 0
+
+
+def test_what_no_client_comes_back_for_is_cancelled_after_a_while() -> None:
+    cluster = Cluster(10, engines=1, step_s=0.5)
+    clients = [cluster.submit(long_request(number), at=0.5) for number in range(1, 60)]
+    for client in clients:
+        # Its connection is gone with the gateway, and it does not try again.
+        cluster.leave(client, at=2.0)
+    cluster.crash_gateway("gateway-0", at=1.9, back_after_s=30.0)
+    cluster.loop.run_until(1.9 + 6.0)
+    assert cluster.status().running > 0
+    cluster.loop.run_until(1.9 + 6.0 + UNCLAIMED_MAX_S)
+    status = cluster.status()
+    assert (status.queued, status.running) == (0, 0)
 
 
 def test_clients_that_leave_give_their_blocks_back_at_once() -> None:
@@ -317,49 +315,92 @@ def test_a_full_queue_turns_clients_away_who_are_let_in_later() -> None:
 # The supervisor
 
 
-def test_a_crashed_supervisor_ends_every_stream_once_and_the_next_one_serves() -> None:
+@pytest.mark.parametrize("back_after_s", [0.05, 0.5, 5.0, 25.0])
+def test_a_crashed_supervisor_is_not_noticed(back_after_s: float) -> None:
     cluster = Cluster(13, step_s=0.05)
-    lost = [cluster.submit(long_request(number), at=0.5) for number in range(1, 60)]
-    cluster.crash_supervisor(at=1.0, back_after_s=0.2)
-    later = [cluster.submit(long_request(number), at=1.1) for number in range(60, 80)]
-    cluster.run(60.0)
-    cluster.check_all_ended()
-    assert {client.end for client in lost} == {"internal_error"}
-    # Those who came while the gateway had not noticed share the fate of the others.
-    assert {client.end for client in later} <= {"length", "internal_error"}
-    last = [cluster.submit(long_request(number), at=20.0) for number in range(80, 90)]
-    cluster.run(60.0)
-    cluster.check_all_ended()
-    check_outputs(last)
-
-
-def test_a_supervisor_that_stays_away_ends_every_stream_in_time() -> None:
-    cluster = Cluster(14, step_s=0.05)
     clients = [cluster.submit(long_request(number), at=0.5) for number in range(1, 60)]
-    cluster.crash_supervisor(at=1.0, back_after_s=60.0)
-    cluster.loop.run_until(1.0 + SUPERVISOR_SILENT_S + 1.0)
-    assert {client.end for client in clients} == {"internal_error"}
-    for name in cluster.engine_names:
-        beat = cluster.engine(name).heartbeat(cluster.loop.now)
-        assert (beat.running, beat.waiting) == (0, 0)
-    assert not cluster.gateway("gateway-0").is_connected
-    cluster.loop.run_until(62.0)
+    cluster.crash_supervisor(at=1.0, back_after_s=back_after_s)
+    clients += [cluster.submit(long_request(number), at=1.1) for number in range(60, 80)]
+    cluster.run(90.0)
+    cluster.check_all_ended()
+    check_outputs(clients)
+    assert cluster.status().resumed == 0, "the engines have played on"
+
+
+def test_engines_play_on_in_silence() -> None:
+    """What they made meanwhile is told as soon as somebody listens again."""
+    cluster = Cluster(14, engines=1, step_s=0.05)
+    clients = [cluster.submit(long_request(number), at=0.5) for number in range(1, 5)]
+    cluster.crash_supervisor(at=1.0, back_after_s=10.0)
+    cluster.loop.run_until(10.9)
+    assert all(len(client.tokens) < 20 for client in clients)
+    cluster.loop.run_until(12.0)
+    check_outputs(clients)
     cluster.check_all_ended()
 
 
 def test_supervisor_and_engine_die_together() -> None:
     cluster = Cluster(15, step_s=0.05)
-    crowd(cluster, 60)
+    clients = crowd(cluster, 60)
     cluster.crash_supervisor(at=1.0, back_after_s=0.2)
     cluster.crash_engine("engine-0", at=1.05, back_after_s=1.0, is_told=False)
     cluster.run(60.0)
     cluster.check_all_ended()
+    check_outputs(clients)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 17, 100, 1000])
+def test_a_supervisor_that_dies_in_the_middle_of_a_write_has_told_nobody(num_bytes: int) -> None:
+    """What was half written is forgotten: nobody was told of it."""
+    cluster = Cluster(15, step_s=0.05)
+    clients = crowd(cluster, 40)
+    cluster.crash_supervisor(at=1.0, back_after_s=0.3, in_write_after=num_bytes)
+    cluster.run(60.0)
+    cluster.check_all_ended()
+    check_outputs(clients)
+    assert cluster.loop.incarnation(SUPERVISOR) == 2
+
+
+def test_a_full_disk_is_told_and_does_not_stop_the_service() -> None:
+    cluster = Cluster(17, step_s=0.05)
+    clients = crowd(cluster, 60)
+    cluster.fill_disk(at=0.5, seconds=2.0)
+    cluster.loop.run_until(2.0)
+    assert cluster.status().journal_fault
+    cluster.run(60.0)
+    cluster.check_all_ended()
+    check_outputs(clients)
+    cluster.loop.run_until(cluster.loop.now + 30.0)
+    assert cluster.status().journal_fault == ""
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.0, 9.0, 20.0])
+def test_a_frozen_engine_is_given_up_only_if_it_stays_so(seconds: float) -> None:
+    cluster = Cluster(18, engines=2, step_s=0.05)
+    clients = [cluster.submit(long_request(number), at=1.0) for number in range(1, 9)]
+    cluster.freeze("engine-0", at=1.5, seconds=seconds)
+    cluster.run(60.0)
+    cluster.check_all_ended()
+    check_outputs(clients)
+    assert (cluster.status().resumed > 0) == (seconds > SILENT_AFTER_S)
+    assert cluster.loop.incarnation("engine-0") == (2 if seconds > 10.0 else 1)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.0, 9.0])
+def test_a_frozen_supervisor_judges_nobody_by_its_own_absence(seconds: float) -> None:
+    cluster = Cluster(19, step_s=0.05)
+    clients = crowd(cluster, 40)
+    cluster.freeze(SUPERVISOR, at=1.0, seconds=seconds)
+    cluster.run(60.0)
+    cluster.check_all_ended()
+    check_outputs(clients)
+    assert cluster.status().resumed == 0
 
 
 # Everything at once
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_a_random_history_keeps_every_promise(seed: int) -> None:
     play(seed)
 
@@ -382,13 +423,8 @@ def test_a_seed_that_fails_says_how_to_see_it_again(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.soak
-def test_a_thousand_random_histories_keep_every_promise() -> None:
-    failures = []
-    for seed in range(1000):
-        try:
-            play(seed)
-        except SeedFailed as failure:
-            failures.append(str(failure))
+def test_ten_thousand_random_histories_keep_every_promise() -> None:
+    failures = play_many(range(10_000))
     assert not failures, "\n".join(failures)
 
 

@@ -294,7 +294,7 @@ def test_with_the_next_session_the_open_requests_go_on(
     effects = stage.turn(Welcome(6))
     assert effects[0] == OpenSession(SUPERVISOR, 6, 1)
     said = [send.message for send in effects if isinstance(send, Send)]
-    assert said[:2] == [Reclaim((HeldRequest(1, 2),)), Submit(request(2))]
+    assert said[:2] == [Submit(request(2)), Reclaim((HeldRequest(1, 2), HeldRequest(2, 0)))]
     stage.turn(Deliver((row(1, 2, 9, finish=FinishReason.LENGTH),)), Failed(2, "x", "late"))
     assert (running.tokens, running.finish) == ([7, 8, 9], FinishReason.LENGTH)
     assert ended.tokens == [5]

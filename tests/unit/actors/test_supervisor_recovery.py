@@ -468,3 +468,40 @@ def test_it_wakes_for_its_chores_and_when_an_engine_could_be_found_dead() -> Non
         assert stage.supervisor.wake_at == wake_at + PULSE_EVERY_S
     stage.join(ENGINES[0], Role.ENGINE)
     assert stage.supervisor.wake_at == stage.now + SUSPECT_AFTER_S
+
+
+def test_what_a_gateway_submits_again_with_a_new_session_is_not_taken_for_given_up() -> None:
+    """Its first Submit was heard after all, and only the answer to it was lost."""
+    stage = stage_with(1)
+    stage.turn(GATEWAY, Submit(request(1)))
+    stage.join(GATEWAY, Role.GATEWAY, last_epoch=100)
+    stage.turn(GATEWAY, Submit(request(1)), Reclaim((HeldRequest(1, 0),)))
+    assert stage.sent(ENGINES[0], Cancel) == []
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5, finish=FinishReason.STOP),)))
+    assert stage.delivered() == [row(1, 5, finish=FinishReason.STOP)]
+
+
+def test_an_inventory_says_nothing_of_what_was_given_after_the_session_had_opened() -> None:
+    stage = stage_with(1)
+    stage.turn(GATEWAY, Submit(request(1)))
+    epoch = stage.status().engines[0].epoch
+    stage.join(ENGINES[0], Role.ENGINE, last_epoch=epoch)
+    stage.turn(GATEWAY, Submit(request(2)))
+    assert stage.assigned(ENGINES[0]) == [1, 2]
+    stage.turn(ENGINES[0], Inventory((), is_last=True))
+    assert stage.assigned(ENGINES[0]) == [1], "request 2 is on its way to it"
+    assert stage.status().resumed == 1
+
+
+def test_what_an_engine_tells_of_an_old_attempt_does_not_cancel_its_new_one() -> None:
+    stage = stage_with(1)
+    stage.turn(GATEWAY, Submit(request(1)))
+    epoch = stage.status().engines[0].epoch
+    stage.keep_alive([GATEWAY], seconds=3.0)
+    assert stage.status().queued == 1, "it was silent for too long"
+    stage.join(ENGINES[0], Role.ENGINE, last_epoch=epoch)
+    assert [assign.attempt for assign in stage.sent(ENGINES[0], Assign)][-1] == 2
+    stage.turn(ENGINES[0], Inventory((row(1, 5, 6),), is_last=True))
+    assert stage.sent(ENGINES[0], Cancel) == []
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5, attempt=2),)))
+    assert stage.delivered() == [row(1, 5, attempt=2)]

@@ -13,6 +13,7 @@ candidates = st.lists(
         st.integers(0, 30).map(lambda n: f"engine-{n}.1"),
         st.integers(0, 40),
         st.integers(-1, 16),
+        st.just(""),
     ),
     max_size=8,
 )
