@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.chaos.scenarios import CLIENTS, SCENARIOS, Figure, Size
+from tests.chaos.figures import CLIENTS, Figure, Size
+from tests.chaos.scenarios import SCENARIOS
 
 
 def main() -> int:
@@ -44,7 +45,11 @@ def main() -> int:
         print(f"     ({time.monotonic() - began_at:.0f} s)", flush=True)
     if arguments.json:
         arguments.json.write_text(
-            json.dumps([figure._asdict() for figure in figures], indent=2, ensure_ascii=False)
+            json.dumps(
+                [figure._asdict() | {"is_met": figure.is_met} for figure in figures],
+                indent=2,
+                ensure_ascii=False,
+            )
         )
     missed = [figure.name for figure in figures if not figure.is_met]
     print(

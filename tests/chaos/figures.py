@@ -1,0 +1,64 @@
+"""What every scenario measures by: figures, sizes, and how a comparison is told."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Final, NamedTuple
+
+from tests.chaos.clients import Call, Comparison
+
+ECHO_RATE: Final = "--echo-tokens-per-s=60"
+CLIENTS: Final = 50
+
+
+class Figure(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    what: str
+    measured: str
+    wanted: str
+    is_right: bool
+    """Whether everything but its times is as wanted."""
+    is_in_time: bool = True
+
+    @property
+    def is_met(self) -> bool:
+        """Whether all of it is as wanted."""
+        return self.is_right and self.is_in_time
+
+
+class Size(NamedTuple):
+    """How much of it: the short run shows that it works, the long one measures it."""
+
+    clients: int
+    max_tokens: int
+    repeats: int
+    engine: str
+    seed: int
+
+
+def told(comparison: Comparison) -> str:
+    text = (
+        f"{comparison.num_failed} failed, {comparison.num_changed} changed,"
+        f" {comparison.num_repeated} repeated of {comparison.num_calls};"
+        f" added stall p99 {comparison.added_stall_p99_s:.2f} s"
+    )
+    return text + "".join(f"\n      {problem}" for problem in comparison.problems)
+
+
+def merge(comparisons: list[Comparison]) -> Comparison:
+    return Comparison(
+        num_calls=sum(one.num_calls for one in comparisons),
+        num_failed=sum(one.num_failed for one in comparisons),
+        num_changed=sum(one.num_changed for one in comparisons),
+        num_repeated=sum(one.num_repeated for one in comparisons),
+        num_joins=sum(one.num_joins for one in comparisons),
+        added_stall_p99_s=max(one.added_stall_p99_s for one in comparisons),
+        problems=tuple(itertools.chain.from_iterable(one.problems for one in comparisons))[:3],
+    )
+
+
+def begun(calls: list[Call]) -> int:
+    """So many events are told when all streams are under way."""
+    return 4 * len(calls)
