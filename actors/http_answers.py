@@ -100,7 +100,8 @@ class Call:
     def heading(self) -> Heading:
         """What all objects of the answer begin with."""
         answer_id = f"{self.endpoint.id_prefix}-{self.requests[0].group_id:016x}"
-        return Heading(answer_id, self.first.created, self.first.model)
+        first = self.first
+        return Heading(answer_id, first.created, first.model, first.system_fingerprint)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -24,7 +24,9 @@ from understudy.protocol.errors import (
     InvalidRequest,
     PayloadTooLarge,
 )
+from understudy.protocol.messages import ClusterState
 from understudy.protocol.openai import chat
+from understudy.protocol.openai.answer import system_fingerprint
 from understudy.protocol.openai.completions import (
     DEFAULT_MAX_TOKENS,
     PromptInput,
@@ -60,7 +62,7 @@ class GenerationEndpoints:
         served: The model.
         answers: Where calls are answered.
         streams: Where calls are joined that came before.
-        context: Tells the longest context that the engines take; 0 is not known.
+        cluster: Tells what is known of the cluster.
         limits: What a client may take.
         wall_clock: Seconds since 1970, for ``created``.
         draw: Gives a random number of so many bits, for ids and seeds.
@@ -72,7 +74,7 @@ class GenerationEndpoints:
         answers: Answers,
         streams: StreamEndpoints,
         *,
-        context: Callable[[], int],
+        cluster: Callable[[], ClusterState],
         limits: HttpLimits,
         wall_clock: Callable[[], float],
         draw: Callable[[int], int],
@@ -80,7 +82,7 @@ class GenerationEndpoints:
         self._served = served
         self._answers = answers
         self._streams = streams
-        self._context = context
+        self._cluster = cluster
         self._limits = limits
         self._wall_clock = wall_clock
         self._draw = draw
@@ -128,7 +130,7 @@ class GenerationEndpoints:
         return await self._answer(http_request, raw, prepared)
 
     def _model(self) -> ModelTraits:
-        return self._served.traits(max_model_len=self._context())
+        return self._served.traits(max_model_len=self._cluster().max_model_len)
 
     async def _read(self, http_request: web.Request) -> bytes:
         """The body, if it is one that can be JSON."""
@@ -247,6 +249,7 @@ class GenerationEndpoints:
         """How each choice will be answered, here or elsewhere."""
         generation = prepared.generation
         created = int(self._wall_clock())
+        fingerprint = system_fingerprint(self._cluster().numerics)
         presentations = []
         for index, (request, echo) in enumerate(
             zip(prepared.requests, prepared.echoes, strict=True)
@@ -271,6 +274,7 @@ class GenerationEndpoints:
                     is_resumable=is_resumable,
                     echoes_prompt=echo is not None,
                     echo=kept_echo,
+                    system_fingerprint=fingerprint,
                 )
             )
         return presentations

@@ -88,7 +88,7 @@ async def serve_http(
         served,
         answers,
         streams,
-        context=lambda: port.cluster.max_model_len,
+        cluster=lambda: port.cluster,
         limits=limits,
         wall_clock=wall_clock,
         draw=chance.getrandbits,
@@ -269,6 +269,8 @@ def _error_response(
         retry_after_s = min(spread * (error.retry_after_s or RETRY_AFTER_S), RETRY_AFTER_MAX_S)
         headers["Retry-After"] = str(math.ceil(retry_after_s))
         headers["retry-after-ms"] = str(math.ceil(1e3 * retry_after_s))
+    if not error.should_retry:
+        headers["x-should-retry"] = "false"
     return json_response(error.body(), status=status, headers=headers)
 
 

@@ -35,6 +35,8 @@ class RequestError(Exception):
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "api_error"
     code: str | None = None
+    should_retry: ClassVar[bool] = True
+    """Whether a client may try the same again; what is wrong with its status says more."""
 
     def __init__(
         self, message: str, *, param: str | None = None, retry_after_s: float | None = None
@@ -117,6 +119,7 @@ class Quarantined(RequestError):
     """Engines died of this request. The same request will fare no better."""
 
     code = "request_quarantined"
+    should_retry = False
 
 
 class Overloaded(RequestError):

@@ -6,6 +6,7 @@ how far the client is when it has read the event: see ``stream_ids``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -44,19 +45,31 @@ class Heading(NamedTuple):
     created: int
     """Seconds since 1970."""
     model: str
+    system_fingerprint: str = ""
+    """Changes when what computes answers changes, and with it perhaps what the same seed gives."""
 
     def fields(self, kind: str) -> dict[str, Any]:
         """The heading as the first fields of an object."""
-        return {
+        fields = {
             "id": self.answer_id,
             "object": kind,
             "created": self.created,
             "model": self.model,
         }
+        if self.system_fingerprint:
+            fields["system_fingerprint"] = self.system_fingerprint
+        return fields
 
     def opening(self, kind: str) -> bytes:
         """The heading as the beginning of a JSON object, up to the next field's name."""
         return _encode(self.fields(kind))[:-1] + b","
+
+
+def system_fingerprint(numerics: Sequence[str]) -> str:
+    """A short name for the classes of numerics among which a request may be computed."""
+    if not numerics:
+        return ""
+    return "fp_" + hashlib.sha256("\n".join(sorted(numerics)).encode()).hexdigest()[:12]
 
 
 def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:

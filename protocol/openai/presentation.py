@@ -57,6 +57,8 @@ class Presentation(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """
     echo: str | None = None
     """Only with the first of the choices that answer one prompt."""
+    system_fingerprint: str = ""
+    """Of the cluster when the call was made, so that all events of its stream say the same."""
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()

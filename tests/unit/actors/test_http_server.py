@@ -20,8 +20,9 @@ from tests.http_harness import (
 )
 from tests.tiny_models import write_model
 from understudy.actors.http_answers import HttpLimits
-from understudy.protocol.errors import Unavailable
+from understudy.protocol.errors import Quarantined, Unavailable
 from understudy.protocol.messages import ClusterState
+from understudy.protocol.openai.answer import system_fingerprint
 from understudy.protocol.request import Request
 
 BODY_BYTES_MAX = 1 << 16
@@ -149,6 +150,30 @@ async def test_no_client_is_told_to_wait_longer_than_clients_do(directory: Path)
             assert response.status == 503
             assert response.headers["Retry-After"] == "120"
         await task
+
+
+async def test_what_engines_died_of_is_not_to_be_tried_again(directory: Path) -> None:
+    async with serving(directory) as harness:
+
+        async def engine() -> None:
+            request = await harness.submitted()
+            harness.gateway.fail(request, Quarantined("engines died of this request"))
+
+        task = asyncio.ensure_future(engine())
+        async with harness.post(COMPLETIONS, {"prompt": "x"}) as response:
+            assert response.status == 500
+            assert response.headers["x-should-retry"] == "false"
+            assert (await response.json())["error"]["code"] == "request_quarantined"
+        await task
+
+
+async def test_answers_name_what_computed_them(harness: Harness) -> None:
+    for numerics in (("exact",), ("exact", "fast")):
+        harness.gateway.cluster = ClusterState(1, 1, 0, numerics=numerics)
+        for path in GENERATING:
+            body = {"prompt": "x"} if path == COMPLETIONS else {"messages": HELLO}
+            answer = await harness.answer(path, {**body, "max_tokens": 2})
+            assert answer["system_fingerprint"] == system_fingerprint(numerics)
 
 
 async def test_a_request_keeps_its_clients_name(harness: Harness) -> None:

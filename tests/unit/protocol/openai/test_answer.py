@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from understudy.protocol.openai.answer import (
     engine_comment,
     error_event,
     finish_reason_or_error,
+    system_fingerprint,
     usage,
     usage_event,
 )
@@ -168,3 +170,17 @@ def test_minus_infinity_is_said_as_a_number() -> None:
         (TokenLogprob(b"2", LEAST_LOGPROB), TokenLogprob(b"1", -0.5)),
         4,
     )
+
+
+def test_the_fingerprint_names_the_classes_of_numerics_whatever_their_order() -> None:
+    one, other = system_fingerprint(("exact", "fast")), system_fingerprint(("fast", "exact"))
+    assert one == other
+    assert re.fullmatch(r"fp_[0-9a-f]{12}", one)
+    assert one != system_fingerprint(("exact",))
+    assert system_fingerprint(()) == ""
+
+
+def test_an_answer_says_its_fingerprint_if_it_has_one() -> None:
+    fields = HEADING._replace(system_fingerprint="fp_1").fields("chat.completion")
+    assert fields == {**HEADING.fields("chat.completion"), "system_fingerprint": "fp_1"}
+    assert "system_fingerprint" not in HEADING.fields("chat.completion")
