@@ -9,8 +9,9 @@ holds, and what it added to each request, and is told what to drop.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from understudy.protocol.messages import (
     Assign,
@@ -35,7 +36,9 @@ from understudy.runtime.scheduling.sequence import Sequence
 ABANDONED_AFTER_S: Final = 60.0
 """Without a supervisor for so long, the engine drops what it holds: nobody will ask for it."""
 ENDED_KEPT_MAX: Final = 1024
-"""Ends that were made without a session, kept for the next one."""
+ENDED_KEPT_S: Final = 10.0
+"""How many requests, and for how long, are remembered after their end: a supervisor that died may
+not have heard of it, and it takes a while until its death is noticed."""
 INVENTORY_TOKENS: Final = 64 * 1024
 """Tokens in one message of an inventory, unless a single request has more."""
 
@@ -83,6 +86,13 @@ class _Output:
         )
 
 
+class _Ended(NamedTuple):
+    """An output that is complete, and since when."""
+
+    output: _Output
+    at: float
+
+
 class Engine:
     """The engine actor: scheduler, KV blocks and runner, and the session with the supervisor."""
 
@@ -111,7 +121,7 @@ class Engine:
         )
         self._scheduler = Scheduler(scheduler_config, self._kv_cache_manager)
         self._outputs: dict[int, _Output] = {}
-        self._ended: OrderedDict[int, _Output] = OrderedDict()
+        self._ended: OrderedDict[int, _Ended] = OrderedDict()
         self._alone_since: float | None = None
 
     @property
@@ -189,12 +199,19 @@ class Engine:
             if row.finish:
                 del self._outputs[row.request_id]
                 output.finish = row.finish
-                if not self._membership.is_open:
-                    self._ended[row.request_id] = output
-        while len(self._ended) > ENDED_KEPT_MAX:
-            self._ended.popitem(last=False)
+                self._ended[row.request_id] = _Ended(output, self._clock.now())
+        self._forget_ended()
         if rows and self._membership.is_open:
             self.outbox.send(SUPERVISOR, StepOutput(self._step, tuple(rows)))
+
+    def _forget_ended(self) -> None:
+        """Forget ends that everybody has heard of, and the oldest of too many."""
+        heard_until = self._clock.now() - ENDED_KEPT_S if self._membership.is_open else -math.inf
+        while self._ended:
+            oldest = next(iter(self._ended.values()))
+            if len(self._ended) <= ENDED_KEPT_MAX and oldest.at > heard_until:
+                return
+            self._ended.popitem(last=False)
 
     def _is_wanted(self, row: TokenRow) -> bool:
         """Whether a row is of the attempt that is here; of others, cancelled ends come late."""
@@ -224,9 +241,11 @@ class Engine:
 
     def _tell_inventory(self) -> None:
         """Say what is here, in messages of bounded size."""
+        self._forget_ended()
         rows: list[TokenRow] = []
         size = 0
-        for output in (*self._ended.values(), *self._outputs.values()):
+        ended = [ended.output for ended in self._ended.values()]
+        for output in (*ended, *self._outputs.values()):
             row = output.row()
             if rows and size + len(row.tokens) > INVENTORY_TOKENS:
                 self.outbox.send(SUPERVISOR, Inventory(tuple(rows), is_last=False))
@@ -234,7 +253,6 @@ class Engine:
             rows.append(row)
             size += len(row.tokens)
         self.outbox.send(SUPERVISOR, Inventory(tuple(rows), is_last=True))
-        self._ended.clear()
 
     def _drop_all(self) -> None:
         for request_id in list(self._outputs):

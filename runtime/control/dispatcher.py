@@ -230,7 +230,8 @@ class Dispatcher:
             rest = self._ledger.adopt(row, engine.identity, engine.epoch, now)
             if rest is None:
                 # If it has the request anew, that attempt takes the place of what it tells of.
-                if row.request_id not in self._with_engine[engine.identity]:
+                is_anew = row.request_id in self._with_engine[engine.identity]
+                if not row.finish and not is_anew:
                     self._outbox.send(engine.identity, Cancel(row.request_id))
                 continue
             entry = self._ledger.get(row.request_id)

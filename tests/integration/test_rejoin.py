@@ -225,7 +225,8 @@ def joining(base_url: str, stream_id: str, events: Sequence[tuple[str, Any]] = (
 def test_a_stream_goes_on_through_another_gateway_on_the_port() -> None:
     body = {"prompt": "def add(a, b):", "max_tokens": 160}
     with running_cluster(SLOW, "--api-server-count=2", engines=1) as cluster:
-        assert sorted(member_pids(cluster.report())) == ["engine-0", "gateway-0", "gateway-1"]
+        everybody = {"engine-0", "gateway-0", "gateway-1"}
+        cluster.wait_until(lambda report: member_pids(report).keys() == everybody)
         [address] = {gateway.address for gateway in cluster.reply().gateways}
         reader = Reader(f"http://{address}", COMPLETIONS, body)
         reader.start()

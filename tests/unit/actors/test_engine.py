@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.simulation.stage import VirtualCard
-from understudy.actors.engine import ABANDONED_AFTER_S, Engine, engine_hello
+from understudy.actors.engine import ABANDONED_AFTER_S, ENDED_KEPT_S, Engine, engine_hello
 from understudy.protocol.messages import (
     Accepted,
     Assign,
@@ -275,6 +275,22 @@ def test_an_inventory_holds_what_this_engine_added(stage: Stage) -> None:
     (row,) = inventory.rows
     assert (row.attempt, row.position) == (3, 2)
     assert row.prefix_hash == extend_prefix_hash(0, (7, 8, *row.tokens))
+
+
+@pytest.mark.parametrize(("after_s", "is_told"), [(ENDED_KEPT_S - 1.0, True), (11.0, False)])
+def test_an_end_is_told_again_for_a_while_for_it_may_have_been_told_to_the_dead(
+    stage: Stage,
+    after_s: float,
+    is_told: bool,
+) -> None:
+    expected = stage.run(Assign(request(1), 1))
+    stage.clock.sleep(after_s)
+    stage.turn(Pulse())
+    stage.turn(Fenced(5))
+    effects = stage.turn(Welcome(6))
+    (inventory,) = [m for e in effects if isinstance(m := getattr(e, "message", None), Inventory)]
+    told = [(row.request_id, list(row.tokens), row.finish) for row in inventory.rows]
+    assert told == ([(1, expected[1], FinishReason.LENGTH)] if is_told else [])
 
 
 def test_an_engine_whose_supervisor_stays_away_drops_its_work(stage: Stage) -> None:
