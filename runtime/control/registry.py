@@ -55,7 +55,8 @@ class Member:
     @property
     def is_alive(self) -> bool:
         """Whether there is a session with it."""
-        return self.state not in {MemberState.DEAD, MemberState.BROKEN}
+        # Asked at every turn for every member: a set would hash the state each time.
+        return self.state is not MemberState.DEAD and self.state is not MemberState.BROKEN
 
 
 class Greeting(NamedTuple):
