@@ -36,6 +36,12 @@ class Size(NamedTuple):
     repeats: int
     engine: str
     seed: int
+    resumes: int = 50
+    """Requests that must have gone on elsewhere before random kills end."""
+    pause_s: float = 0.0
+    """Between two rounds of random kills."""
+    minutes: float = 1.0
+    """Of the soak."""
 
 
 def told(comparison: Comparison) -> str:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from tests.chaos import deaths, faults, network
+from tests.chaos import deaths, faults, long, network
 from tests.chaos.figures import Figure, Size
 
 SCENARIOS: Final[Mapping[str, Callable[[Size], list[Figure]]]] = MappingProxyType(
     {
         "F1": deaths.f1_kill_each_engine,
+        "F2": long.f2_large_process,
+        "F4": long.f4_random_kills,
         "F5": faults.f5_freeze,
         "F6": faults.f6_slow_and_stuck,
         "F7": deaths.f7_kill_supervisor,
@@ -31,6 +33,7 @@ SCENARIOS: Final[Mapping[str, Callable[[Size], list[Figure]]]] = MappingProxyTyp
         "F21": deaths.f21_rolling_restart,
         "F22": faults.f22_other_numerics,
         "F23": faults.f23_wall_clock,
+        "F26": long.f26_soak,
         "O8": network.o8_duplicate_posts,
     }
 )
