@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from tests.simulation.stage import VirtualStage
-from understudy.actors.supervisor import PULSE_EVERY_S, Supervisor
+from understudy.actors.supervisor import PULSE_EVERY_S, Supervisor, restored_entries
 from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import (
     Assign,
@@ -69,19 +69,26 @@ def row(
 class Stage:
     """A supervisor, and everything it wanted done so far."""
 
-    def __init__(self, *, limits: AdmissionLimits | None = None) -> None:
+    def __init__(
+        self, *, limits: AdmissionLimits | None = None, disk: VirtualDisk | None = None
+    ) -> None:
         self.now = START_S
         self.machine = VirtualStage()
-        self.disk = VirtualDisk()
+        self.disk = disk or VirtualDisk()
+        journal, recovery = Journal.open(self.disk, JournalOptions(), START_S)
+        self.restored = restored_entries(journal, recovery)
+        """What an earlier supervisor has left on the disk."""
         self.supervisor = Supervisor(
             model="demo",
             first_epoch=100,
-            journal=Journal.open(self.disk, JournalOptions(), START_S).journal,
+            journal=journal,
             probe=self.machine,
             stage=self.machine,
             limits=limits,
             started_at=START_S,
         )
+        if self.restored:
+            self.supervisor.restore(self.restored, START_S)
         self.effects: list[Effect] = []
         self._pids = 40
 

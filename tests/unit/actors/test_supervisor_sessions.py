@@ -20,7 +20,7 @@ from tests.unit.actors.supervisor_stage import (
     row,
     stage_with,
 )
-from understudy.actors.supervisor import PULSE_EVERY_S
+from understudy.actors.supervisor import PULSE_EVERY_S, RECOVERY_GRACE_S
 from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import (
     Assign,
@@ -294,3 +294,47 @@ def test_what_an_engine_tells_of_an_old_attempt_does_not_cancel_its_new_one() ->
     assert stage.sent(ENGINES[0], Cancel) == []
     stage.turn(ENGINES[0], StepOutput(1, (row(1, 5, attempt=2),)))
     assert stage.delivered() == [row(1, 5, attempt=2)]
+
+
+# The next supervisor
+
+
+def successor_of(stage: Stage) -> Stage:
+    """A supervisor that starts from what another one has written down."""
+    stage.disk.crash_process()
+    return Stage(disk=stage.disk)
+
+
+def test_what_was_cancelled_is_not_taken_up_by_the_next_supervisor() -> None:
+    stage = stage_with(1)
+    stage.turn(GATEWAY, Submit(request(1)), Submit(request(2)))
+    stage.turn(GATEWAY, Cancel(1))
+    following = successor_of(stage)
+    assert [entry.request_id for entry in following.restored if not entry.finish] == [2]
+    assert [entry.finish for entry in following.restored if entry.finish] == [
+        FinishReason.CANCELLED
+    ]
+
+
+def test_the_next_supervisor_knows_what_was_delivered_and_to_whom_it_was_given() -> None:
+    stage = stage_with(1)
+    stage.turn(GATEWAY, Submit(request(1)))
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5, 6),)))
+    following = successor_of(stage)
+    (entry,) = following.restored
+    assert (entry.output, entry.engine, entry.attempt) == ([5, 6], ENGINES[0], 1)
+    following.join(GATEWAY, Role.GATEWAY, last_epoch=100)
+    following.turn(GATEWAY, Reclaim((HeldRequest(1, 2),)))
+    following.join(ENGINES[0], Role.ENGINE, last_epoch=101)
+    following.turn(ENGINES[0], Inventory((row(1, 5, 6, 7),), is_last=True))
+    assert following.delivered() == [row(1, 7, before=(5, 6))]
+
+
+def test_an_engine_that_does_not_come_back_to_the_next_supervisor_is_replaced() -> None:
+    stage = stage_with(1)
+    stage.turn(GATEWAY, Submit(request(1)))
+    following = successor_of(stage)
+    following.join(ENGINES[1], Role.ENGINE)
+    following.assigned(ENGINES[1])
+    following.keep_alive([ENGINES[1]], seconds=RECOVERY_GRACE_S + 1.0)
+    assert following.assigned(ENGINES[1]) == [1]
