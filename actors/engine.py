@@ -200,13 +200,14 @@ class Engine:
                 del self._outputs[row.request_id]
                 output.finish = row.finish
                 self._ended[row.request_id] = _Ended(output, self._clock.now())
-        self._forget_ended()
+        # Without a session nobody hears of an end, however long ago it was.
+        is_open = self._membership.is_open
+        self._forget_ended(self._clock.now() - ENDED_KEPT_S if is_open else -math.inf)
         if rows and self._membership.is_open:
             self.outbox.send(SUPERVISOR, StepOutput(self._step, tuple(rows)))
 
-    def _forget_ended(self) -> None:
+    def _forget_ended(self, heard_until: float) -> None:
         """Forget ends that everybody has heard of, and the oldest of too many."""
-        heard_until = self._clock.now() - ENDED_KEPT_S if self._membership.is_open else -math.inf
         while self._ended:
             oldest = next(iter(self._ended.values()))
             if len(self._ended) <= ENDED_KEPT_MAX and oldest.at > heard_until:
@@ -236,12 +237,12 @@ class Engine:
                 self._tell_inventory()
             case MembershipChange.LOST:
                 self._alone_since = now
+                self._forget_ended(now - ENDED_KEPT_S)
             case None:
                 pass
 
     def _tell_inventory(self) -> None:
         """Say what is here, in messages of bounded size."""
-        self._forget_ended()
         rows: list[TokenRow] = []
         size = 0
         ended = [ended.output for ended in self._ended.values()]
