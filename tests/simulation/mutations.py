@@ -46,7 +46,8 @@ class Mutation(NamedTuple):
 
 _CONTROL: Final = "tests/unit/control"
 _ACTORS: Final = (
-    "tests/unit/actors/test_supervisor_recovery.py tests/unit/actors/test_supervisor_sessions.py"
+    "tests/unit/actors/test_supervisor.py tests/unit/actors/test_supervisor_recovery.py"
+    " tests/unit/actors/test_supervisor_sessions.py"
     " tests/unit/actors/test_gateway.py"
 )
 _ENGINES: Final = "tests/unit/actors/test_engine.py"
