@@ -279,6 +279,18 @@ class Cluster:
         self.loop.at(at, crash)
         self.loop.at(at + back_after_s, lambda: self._restart(name))
 
+    def crash_busy_engine(self, name: str, *, at: float) -> None:
+        """Kill an engine if it has work at that time."""
+
+        def crash() -> None:
+            now = self.loop.now
+            if self.loop.is_on_stage(name):
+                beat = self.engine(name).heartbeat(now)
+                if beat.running + beat.waiting:
+                    self.crash_engine(name, at=now, back_after_s=1.0, is_told=False)
+
+        self.loop.at(at, crash)
+
     def crash_supervisor(
         self, *, at: float, back_after_s: float, in_write_after: int | None = None
     ) -> None:

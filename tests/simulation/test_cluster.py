@@ -133,6 +133,23 @@ def test_a_crashed_engines_streams_go_on_where_they_stood(*, is_told: bool) -> N
     cluster.check_all_ended()
 
 
+@pytest.mark.parametrize("step", range(26))
+def test_an_engine_may_die_at_any_step_of_a_request(step: int) -> None:
+    """In each chunk of its prompt, at its first token, its last, and after its end."""
+    cluster = Cluster(1, engines=2, step_s=0.05)
+    params = SamplingParams(seed=3, max_tokens=20, logprobs=2)
+    client = cluster.submit(Request(1, 1, tuple(range(1, 101)), params), at=1.01)
+    for name in cluster.engine_names:
+        # Whichever has it; the other one is there to go on.
+        cluster.crash_busy_engine(name, at=1.03 + 0.05 * step)
+    cluster.run(30.0)
+    check_outputs([client])
+    assert len(client.tokens) == 20
+    assert cluster.status().resumed == (1 if step < 20 else 0) or step in {20, 21}
+    cluster.loop.run_until(35.0)
+    cluster.check_all_ended()
+
+
 def test_all_engines_die_and_come_back() -> None:
     cluster = Cluster(2, faults=FAULTS)
     clients = crowd(cluster, 60, within_s=1.0)

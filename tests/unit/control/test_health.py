@@ -46,8 +46,9 @@ def test_silence_is_judged_by_how_long_it_lasts_and_by_the_kernel(
     assert judge(HEARD, process, 100.0 + after_s) is verdict
 
 
-def test_the_promise_is_150_ms() -> None:
-    assert SUSPECT_AFTER_S < 0.15
+def test_the_promises_are_150_ms_and_a_second_and_a_half() -> None:
+    assert judge(HEARD, ProcessState.ENDING, 100.15) is Verdict.DEAD
+    assert judge(HEARD, ProcessState.ALIVE, 101.5) is Verdict.SILENT
     assert is_suspect(HEARD, 100.0 + SUSPECT_AFTER_S)
     assert not is_suspect(HEARD, 100.0)
 
