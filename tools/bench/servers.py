@@ -68,9 +68,17 @@ def bare_server(name: str, *, tokens_per_s: float) -> Iterator[Server]:
             _stop(process)
 
 
+def echo_cluster(
+    name: str, *, num_engines: int, tokens_per_s: float
+) -> contextlib.AbstractContextManager[Server]:
+    """Run ``understudy start --engine echo``: see ``cluster``."""
+    rate = f"--echo-tokens-per-s={tokens_per_s}"
+    return cluster(name, num_engines=num_engines, flags=("--engine=echo", rate))
+
+
 @contextlib.contextmanager
-def echo_cluster(name: str, *, num_engines: int, tokens_per_s: float) -> Iterator[Server]:
-    """Run ``understudy start --engine echo`` for as long as the context lasts.
+def cluster(name: str, *, num_engines: int, flags: Sequence[str]) -> Iterator[Server]:
+    """Run ``understudy start`` with these flags for as long as the context lasts.
 
     Raises:
         ServerFailed: It did not come up within START_TIMEOUT_S.
@@ -83,11 +91,10 @@ def echo_cluster(name: str, *, num_engines: int, tokens_per_s: float) -> Iterato
             *_CLI,
             "start",
             "--config=/dev/null",
-            "--engine=echo",
             f"--run-dir={run_dir}",
             "--port=0",
             f"--data-parallel-size={num_engines}",
-            f"--echo-tokens-per-s={tokens_per_s}",
+            *flags,
         ]
         with (
             log.open("wb") as output,
