@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -39,6 +40,8 @@ class VirtualClock:
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = start
+        self.on_sleep: Callable[[float, float], None] = lambda _start, _end: None
+        """Told from when until when, before time moves on: the actor is as it is meanwhile."""
 
     def now(self) -> float:
         """The actor's own time, in virtual seconds."""
@@ -47,7 +50,9 @@ class VirtualClock:
     def sleep(self, seconds: float) -> None:
         """Move the actor's own time on, at once."""
         assert seconds >= 0
-        self._now += seconds
+        end = self._now + seconds
+        self.on_sleep(self._now, end)
+        self._now = end
 
     def advance_to(self, now: float) -> None:
         """Catch up with the loop; an actor that is busy is already ahead."""

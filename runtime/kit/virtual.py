@@ -12,9 +12,10 @@ import hashlib
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
+from understudy.protocol.messages import Heartbeat
 from understudy.runtime.kit.actor import SUPERVISOR, Actor, BeatingActor
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.driver import Driver
@@ -78,6 +79,14 @@ class VirtualNetwork:
         return delay
 
 
+class _Nap(NamedTuple):
+    """Work within a turn that takes time, and the sign of life at its start."""
+
+    start: float
+    end: float
+    beat: Heartbeat
+
+
 @dataclass
 class _Player:
     """An actor on the stage, and what the loop knows of it."""
@@ -91,6 +100,8 @@ class _Player:
     turn_at: float | None = None
     frozen_until: float = 0.0
     """No turn and no beat before: its process is stopped, and what is sent to it waits."""
+    naps: list[_Nap] = field(default_factory=list)
+    """Those of its latest turn. The turn is over at once, but its beats must not know that."""
     alarms: set[float] = field(default_factory=set)
     """When it will be looked at; only the alarm at ``turn_at`` makes a turn."""
 
@@ -157,6 +168,9 @@ class VirtualLoop:
         self._record(f"start {identity}")
         self._schedule_turn(player, self.now)
         if isinstance(actor, BeatingActor):
+            clock.on_sleep = lambda start, end: player.naps.append(
+                _Nap(start, end, actor.heartbeat(start))
+            )
             self.at(self.now + BEAT_EVERY_S, lambda: self._beat(player, actor))
         return actor
 
@@ -203,22 +217,31 @@ class VirtualLoop:
             return
         player.clock.advance_to(self.now)
         frames, player.inbox = player.inbox, []
+        player.naps.clear()
         outgoing = player.driver.turn(frames)
         done_at = player.clock.now()
         if done_at > self.now:
             # The work of this turn lasts until then: a crash before loses what it made.
-            self.at(done_at, lambda: self._send_all(player, outgoing))
+            self.at(done_at, lambda: self._send_at_end(player, outgoing))
         else:
             self._send_all(player, outgoing)
         wake_at = player.driver.wake_at()
         if wake_at is not None:
             self._schedule_turn(player, max(wake_at, done_at))
 
+    def _send_at_end(self, player: _Player, outgoing: list[Outgoing]) -> None:
+        """Send what a turn that took its time has made, unless its process is stopped."""
+        if self.now < player.frozen_until:
+            self.at(player.frozen_until, lambda: self._send_at_end(player, outgoing))
+        else:
+            self._send_all(player, outgoing)
+
     def _beat(self, player: _Player, actor: BeatingActor) -> None:
         if self._by_identity.get(player.identity) is not player:
             return
         if self.now >= player.frozen_until:
-            frame = player.driver.sessions.datagram(SUPERVISOR, actor.heartbeat(self.now))
+            beat = _beat_within(player.naps, self.now) or actor.heartbeat(self.now)
+            frame = player.driver.sessions.datagram(SUPERVISOR, beat)
             self._send_all(player, [Outgoing(SUPERVISOR, frame)])
         self.at(self.now + BEAT_EVERY_S, lambda: self._beat(player, actor))
 
@@ -246,3 +269,11 @@ class VirtualLoop:
         self.frames += 1
         self._trace.update(f"{self.now:.9f} {what} ".encode())
         self._trace.update(frame)
+
+
+def _beat_within(naps: list[_Nap], now: float) -> Heartbeat | None:
+    """What an actor would say of itself in the middle of its work; ``None`` if it has none."""
+    for start, end, beat in naps:
+        if start <= now < end:
+            return replace(beat, phase_for_s=beat.phase_for_s + now - start)
+    return None

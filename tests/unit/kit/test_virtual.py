@@ -254,6 +254,87 @@ def test_beats_go_on_while_a_turn_takes_its_time() -> None:
     assert len(beats) == int(1.01 / BEAT_EVERY_S)
 
 
+class Worker(Talker):
+    """Tells in its heartbeats how long its present piece of work has taken so far."""
+
+    def __init__(self, clock: VirtualClock, *, work_s: float) -> None:
+        super().__init__(clock, SUPERVISOR, every_s=100.0)
+        self._sleep_s = work_s
+        self._steps = 0
+        self._phase, self._phase_since = "idle", clock.now()
+
+    def decide(self, now: float) -> None:
+        super().decide(now)
+        if self._steps:
+            return
+        self._phase, self._phase_since = "step", now
+        self.clock.sleep(self._sleep_s)
+        self._steps += 1
+        self._phase, self._phase_since = "idle", self.clock.now()
+
+    def heartbeat(self, now: float) -> Heartbeat:
+        return Heartbeat(self._steps, self._phase, now - self._phase_since, 0, 0, 0)
+
+
+class BeatWatcher(Talker):
+    """Keeps the heartbeats that it hears."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        super().__init__(clock, "a.1")
+        self.beats: list[tuple[float, Heartbeat]] = []
+
+    def handle(self, message: Message, sender: str, now: float) -> None:
+        super().handle(message, sender, now)
+        if isinstance(message, Heartbeat):
+            self.beats.append((now, message))
+
+
+def a_long_step(work_s: float) -> tuple[VirtualLoop, BeatWatcher]:
+    """A worker that begins at once with a step of so many seconds, and who hears its beats."""
+    loop = VirtualLoop(VirtualNetwork(1))
+    watcher = loop.add(SUPERVISOR, lambda _, clock: BeatWatcher(clock))
+    assert isinstance(watcher, BeatWatcher)
+    loop.add("a", lambda _, clock: Worker(clock, work_s=work_s))
+    return loop, watcher
+
+
+def test_beats_within_a_step_tell_of_the_step_and_those_after_it_of_its_end() -> None:
+    loop, watcher = a_long_step(1.01)
+    loop.run_until(2.0)
+    during = [beat for at, beat in watcher.beats if at < 1.01]
+    after = [beat for at, beat in watcher.beats if at > 1.01]
+    assert [(beat.phase, beat.step) for beat in during] == [("step", 0)] * 20
+    assert [(beat.phase, beat.step) for beat in after] == [("idle", 1)] * 19
+    assert [beat.phase_for_s for beat in during] == pytest.approx(
+        [BEAT_EVERY_S * number for number in range(1, 21)]
+    )
+    assert [beat.phase_for_s for beat in after] == pytest.approx(
+        [BEAT_EVERY_S * number - 1.01 for number in range(21, 40)]
+    )
+
+
+def test_what_a_frozen_process_has_made_leaves_it_when_it_goes_on_and_in_its_order() -> None:
+    loop = VirtualLoop(VirtualNetwork(1))
+    supervisor = loop.add(SUPERVISOR, listener)
+    loop.add("a", talker(every_s=0.5, work_s=1.0))
+    loop.at(0.5, lambda: loop.freeze("a", 2.0))
+    loop.run_until(2.4)
+    assert isinstance(supervisor, Talker)
+    assert supervisor.heard == []
+    loop.run_until(4.0)
+    assert [reason for _, _, reason in supervisor.heard] == ["1", "2"]
+
+
+def test_a_frozen_process_that_is_killed_says_nothing_more() -> None:
+    loop = VirtualLoop(VirtualNetwork(1))
+    loop.add(SUPERVISOR, listener)
+    loop.add("a", talker(every_s=5.0, work_s=1.0))
+    loop.at(0.5, lambda: loop.freeze("a", 2.0))
+    loop.at(2.0, lambda: loop.crash("a"))
+    loop.run_until(4.0)
+    assert heard_by(loop, SUPERVISOR) == []
+
+
 def test_nothing_to_do_makes_no_events() -> None:
     loop = VirtualLoop(VirtualNetwork(1))
     actor = loop.add(SUPERVISOR, listener)
