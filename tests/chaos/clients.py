@@ -214,8 +214,15 @@ class Comparison(NamedTuple):
     num_changed: int
     num_repeated: int
     num_joins: int
-    added_stall_p99_s: float
+    added_stalls_s: tuple[float, ...]
+    """Of each call: its longest wait for an event, less that in the run without faults."""
     problems: tuple[str, ...]
+
+    @property
+    def added_stall_p99_s(self) -> float:
+        """What one call in a hundred exceeds."""
+        ordered = sorted(self.added_stalls_s)
+        return max(0.0, ordered[math.ceil(0.99 * len(ordered)) - 1])
 
     @property
     def is_golden(self) -> bool:
@@ -226,7 +233,6 @@ class Comparison(NamedTuple):
 def compare(golden: Sequence[Outcome], found: Sequence[Outcome]) -> Comparison:
     """Hold a run with faults against the undisturbed one."""
     pairs = list(zip(golden, found, strict=True))
-    added = sorted(after.stall_s - before.stall_s for before, after in pairs)
     return Comparison(
         num_calls=len(pairs),
         num_failed=sum(bool(after.problem) for _, after in pairs),
@@ -235,6 +241,6 @@ def compare(golden: Sequence[Outcome], found: Sequence[Outcome]) -> Comparison:
         ),
         num_repeated=sum(after.num_repeated for _, after in pairs),
         num_joins=sum(after.num_joins for _, after in pairs),
-        added_stall_p99_s=max(0.0, added[math.ceil(0.99 * len(added)) - 1]),
+        added_stalls_s=tuple(after.stall_s - before.stall_s for before, after in pairs),
         problems=tuple(sorted({after.problem for _, after in pairs if after.problem}))[:3],
     )
