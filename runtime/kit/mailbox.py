@@ -67,7 +67,7 @@ class Mailbox:
         _set_limits(socket)
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
         socket.setsockopt(zmq.ROUTING_ID, identity.encode())
         socket.connect(address)
         return cls(socket)

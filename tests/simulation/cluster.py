@@ -6,36 +6,34 @@ every position once and in order, one end, and nothing after it.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
+from tests.simulation.client import Client
+from tests.simulation.invariants import (
+    VOCAB_SIZE,
+    CheckedRunner,
+    Golden,
+    Watch,
+    WatchedJournal,
+    golden,
+)
 from tests.simulation.stage import VirtualCard, VirtualStage
 from understudy.actors.engine import Engine, engine_hello
 from understudy.actors.gateway import Gateway
 from understudy.actors.supervisor import Supervisor, restored_entries
-from understudy.protocol.errors import NotFound, RequestError
 from understudy.protocol.messages import (
-    Assign,
     Message,
     ProcessExited,
     StatusReply,
     StatusRequest,
-    StepOutput,
-    Welcome,
 )
-from understudy.protocol.request import (
-    FinishReason,
-    Request,
-    SamplingParams,
-    TokenRow,
-    extend_prefix_hash,
-)
+from understudy.protocol.request import Request
 from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.echo import EchoRunner
-from understudy.runtime.kit.actor import SUPERVISOR, Outbox, Send
+from understudy.runtime.kit.actor import SUPERVISOR, Effect, Outbox, Send
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.virtual import NetworkFaults, VirtualLoop, VirtualNetwork
 from understudy.runtime.scheduling.scheduler import SchedulerConfig
@@ -43,7 +41,6 @@ from understudy.runtime.storage.journal import Journal, JournalOptions
 from understudy.runtime.storage.virtual_disk import Killed, VirtualDisk
 
 LAUNCHER: Final = "launcher"
-VOCAB_SIZE: Final = 500
 NUM_BLOCKS: Final = 40
 SCHEDULER: Final = SchedulerConfig(
     max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128, block_size=8
@@ -61,22 +58,47 @@ JOURNAL: Final = JournalOptions(segment_bytes=16 * 1024, compact_above_bytes=64 
 
 
 class CheckedSupervisor(Supervisor):
-    """The supervisor, which looks every few turns whether it agrees with itself.
+    """The supervisor, watched, which looks every few turns whether it agrees with itself.
 
     ``on_killed`` is called if it dies in the middle of writing its journal.
     """
 
     turns = 0
     on_killed: Callable[[], None]
+    watch: Watch
+    leaving: tuple[Effect, ...] = ()
+    """What was put out while the turn's messages were taken in: it leaves with the turn."""
+
+    def handle(self, message: Message, sender: str, now: float) -> None:
+        """Take in a message, and note what comes of it."""
+        before = len(self.outbox._effects)
+        super().handle(message, sender, now)
+        self.leaving += tuple(self.outbox._effects[before:])
 
     def decide(self, now: float) -> None:
         """Decide, and check."""
+        before = len(self.outbox._effects)
         try:
             super().decide(now)
         except Killed:
             self.outbox.take()  # nothing leaves a process that is dead
             self.on_killed()
             return
+        self.watch.leave((*self.leaving, *self.outbox._effects[before:]))
+        self.leaving = ()
+        self.turns += 1
+        if self.turns % CHECK_EVERY_TURNS == 0:
+            self.check_integrity()
+
+
+class CheckedEngine(Engine):
+    """The engine, which looks every few turns whether its blocks are all accounted for."""
+
+    turns = 0
+
+    def decide(self, now: float) -> None:
+        """Run a step, and check."""
+        super().decide(now)
         self.turns += 1
         if self.turns % CHECK_EVERY_TURNS == 0:
             self.check_integrity()
@@ -97,47 +119,6 @@ class Launcher:
 
     def decide(self, now: float) -> None:
         """It decides nothing."""
-
-
-class Client:
-    """One request's client: a sink with memory."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.tokens: list[int] = []
-        self.engines: list[str] = []
-        self.end: str | None = None
-        """``stop``, ``length``… or an error's code; ``left`` if it went away by itself."""
-        self.is_in = False
-        """Whether it has handed in its request."""
-        self.gateway = ""
-        """The gateway that it is connected to."""
-        self.on_not_found: Callable[[], None] | None = None
-        """What it does if the stream that it wants to join again is not there."""
-        self._prefix_hash = 0
-
-    def deliver(self, row: TokenRow, engine: str) -> None:
-        """Take in what must be the next tokens."""
-        assert self.end is None, f"{self.request.request_id}: tokens after {self.end}"
-        assert row.position == len(self.tokens), f"{self.request.request_id}: out of order"
-        self.tokens += row.tokens
-        self._prefix_hash = extend_prefix_hash(self._prefix_hash, row.tokens)
-        assert row.prefix_hash == self._prefix_hash
-        if self.request.params.logprobs is not None:
-            assert len(row.logprobs) == len(row.tokens)
-        if engine not in self.engines:
-            self.engines.append(engine)
-        if row.finish:
-            self.end = FinishReason(row.finish).name.lower()
-
-    def fail(self, error: RequestError) -> None:
-        """Take in the end."""
-        assert self.end is None, f"{self.request.request_id}: {error} after {self.end}"
-        if isinstance(error, NotFound) and self.on_not_found is not None and not self.tokens:
-            # The gateway died before anybody else had heard of the request.
-            self.on_not_found()
-            return
-        self.end = error.code or "error"
 
 
 class Cluster:
@@ -161,9 +142,8 @@ class Cluster:
         self.stage = VirtualStage()
         self.stage.on_kill = self._kill
         self.disk = VirtualDisk(seed)
+        self.watch = Watch()
         self._calm_at = 0.0
-        self.is_disk_sound = True
-        """Whether the disk has taken everything so far."""
 
         def make_supervisor(incarnation: int, clock: VirtualClock) -> Supervisor:
             journal, recovery = Journal.open(self.disk, JOURNAL, clock.now())
@@ -171,15 +151,17 @@ class Cluster:
             supervisor = CheckedSupervisor(
                 model="echo",
                 first_epoch=incarnation << 32,
-                journal=journal,
+                journal=WatchedJournal(journal, self.watch),
                 probe=self.stage,
                 stage=self.stage,
                 limits=limits,
                 started_at=clock.now(),
             )
             supervisor.on_killed = self._die_in_a_write
+            supervisor.watch = self.watch
             entries = restored_entries(journal, recovery)
-            if self.is_disk_sound:
+            self.watch.begin(entries)
+            if self.watch.is_disk_sound:
                 self._check_remembered(entries)
             supervisor.restore(entries, clock.now())
             return supervisor
@@ -217,6 +199,7 @@ class Cluster:
         client = Client(request)
         client.gateway = gateway
         self.clients.append(client)
+        self.watch.requests[request.request_id] = request
         self.loop.at(at, lambda: self._try(client))
         return client
 
@@ -343,7 +326,7 @@ class Cluster:
 
         def fill(*, is_full: bool) -> None:
             self.disk.faults.is_full = is_full
-            self.is_disk_sound = False
+            self.watch.is_disk_sound = False
 
         self.loop.at(at, partial(fill, is_full=True))
         self.loop.at(at + seconds, partial(fill, is_full=False))
@@ -451,50 +434,19 @@ def make_engine(
         scheduler_config=SCHEDULER,
         num_blocks=NUM_BLOCKS,
     )
-    return Engine(
+    return CheckedEngine(
         hello,
         scheduler_config=SCHEDULER,
         num_blocks=NUM_BLOCKS,
-        runner=EchoRunner(clock, vocab_size=VOCAB_SIZE, step_s=step_s),
+        runner=CheckedRunner(
+            EchoRunner(clock, vocab_size=VOCAB_SIZE, step_s=step_s),
+            block_size=SCHEDULER.block_size,
+        ),
         card=card,
         clock=clock,
     )
 
 
-def draw_requests(seed: int, count: int) -> list[Request]:
-    """Requests of all kinds: long and short, with stop tokens, logprobs and priorities."""
-    draw = random.Random(seed)
-    return [
-        Request(
-            request_id=number,
-            group_id=number,
-            prompt=tuple(draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 60))),
-            params=SamplingParams(
-                seed=draw.getrandbits(64),
-                max_tokens=draw.randint(1, 50),
-                min_tokens=draw.choice([0, 0, 5]),
-                stop_token_ids=tuple(range(draw.choice([0, 0, 10, 40]))),
-                logprobs=draw.choice([None, None, 0, 3]),
-            ),
-            priority=draw.choice([0, 0, 0, -1, 5]),
-        )
-        for number in range(1, count + 1)
-    ]
-
-
-def undisturbed(requests: Iterable[Request]) -> dict[int, list[int]]:
-    """The output of each request from one engine that nothing ever happens to."""
-    clock = VirtualClock()
-    engine = make_engine("engine-0", 0.0, VirtualStage(), 1, clock)
-    engine.handle(Welcome(1), SUPERVISOR, 0.0)
-    outputs: dict[int, list[int]] = {}
-    for request in requests:
-        outputs[request.request_id] = []
-        engine.handle(Assign(request, 1), SUPERVISOR, 0.0)
-    while engine.heartbeat(0.0).running + engine.heartbeat(0.0).waiting:
-        engine.decide(0.0)
-        for effect in engine.outbox.take():
-            if isinstance(effect, Send) and isinstance(effect.message, StepOutput):
-                for row in effect.message.rows:
-                    outputs[row.request_id] += row.tokens
-    return outputs
+def undisturbed(request: Request) -> Golden:
+    """What a client is to get, whatever happens."""
+    return golden(request, max_model_len=SCHEDULER.max_model_len)
