@@ -19,6 +19,7 @@ from understudy.runtime.storage.logprobs import unpack_logprobs
 from understudy.runtime.storage.records import Admit, CheckpointPayload, unpack_admit
 
 SERIAL_MASK: Final = (1 << 32) - 1
+_CHANGED_STEPS_MAX: Final = 16
 RUN_STEPS_MAX: Final = 32
 """A batch's tokens are dealt out to its requests after so many steps at the latest."""
 _OVERHEAD_BYTES: Final = 512
@@ -174,6 +175,7 @@ class Batch:
 
     def join(self, ids: tuple[int, ...], joined: list[Held]) -> None:
         """Further requests come in behind the others; ``ids`` are those of all then."""
+        self._flush_long_run()
         blank = [0] * len(joined)
         for step in self.steps:
             step += blank
@@ -189,6 +191,7 @@ class Batch:
 
     def leave(self, held: Held) -> None:
         """One member goes; the others stay together."""
+        self._flush_long_run()
         index = self.members.index(held)
         column = [step.pop(index) for step in self.steps]
         if held.is_kept:
@@ -201,6 +204,11 @@ class Batch:
         if self.prefix_hashes:
             held.prefix_hash = self.prefix_hashes[index]
             self.prefix_hashes = self.prefix_hashes[:index] + self.prefix_hashes[index + 1 :]
+
+    def _flush_long_run(self) -> None:
+        """Changing a column of each collected step costs more than dealing a long run out."""
+        if len(self.steps) > _CHANGED_STEPS_MAX:
+            self.flush()
 
     def dissolve(self) -> None:
         """All members part."""
