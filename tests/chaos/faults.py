@@ -23,7 +23,6 @@ def f5_freeze(size: Size) -> list[Figure]:
         with on_stage(ECHO_RATE) as stage:
             calls = plain_calls(size.clients, seed=size.seed, max_tokens=size.max_tokens)
             golden = stage.golden(calls)
-            stale = 0
 
             def fault(
                 progress: Progress,
@@ -47,7 +46,7 @@ def f5_freeze(size: Size) -> list[Figure]:
             Figure(
                 "F5",
                 f"SIGSTOP for {freeze_s} s",
-                f"{told(found)}; {resumed} resumed; {stale} zombie tokens",
+                f"{told(found)}; {resumed} resumed",
                 "golden; " + ("all of the engine's resumed" if moves else "none resumed"),
                 found.is_golden and (resumed > 0) == moves,
             )
