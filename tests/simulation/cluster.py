@@ -19,7 +19,7 @@ from tests.simulation.invariants import (
     WatchedJournal,
     golden,
 )
-from tests.simulation.stage import VirtualCard, VirtualStage
+from tests.simulation.stage import DelayedRunner, VirtualCard, VirtualStage
 from understudy.actors.engine import Engine, engine_hello
 from understudy.actors.gateway import Gateway
 from understudy.actors.supervisor import Supervisor, restored_entries
@@ -321,6 +321,10 @@ class Cluster:
 
         self.loop.at(at, stop)
 
+    def delay_step(self, name: str, *, at: float, seconds: float) -> None:
+        """Let an engine's next step take so much longer, while its process goes on to beat."""
+        self.loop.at(at, lambda: self.stage.delays_s.update({name: seconds}))
+
     def fill_disk(self, *, at: float, seconds: float) -> None:
         """Let the disk take nothing for a while."""
 
@@ -439,7 +443,9 @@ def make_engine(
         scheduler_config=SCHEDULER,
         num_blocks=NUM_BLOCKS,
         runner=CheckedRunner(
-            EchoRunner(clock, vocab_size=VOCAB_SIZE, step_s=step_s),
+            DelayedRunner(
+                EchoRunner(clock, vocab_size=VOCAB_SIZE, step_s=step_s), name, stage, clock
+            ),
             block_size=SCHEDULER.block_size,
         ),
         card=card,

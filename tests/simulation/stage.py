@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from understudy.protocol.request import Request
 from understudy.runtime.control.health import ProcessState
+from understudy.runtime.kit.clock import VirtualClock
+from understudy.runtime.scheduling.decision import Runner, SampledToken, StepPlan
 
 
 class VirtualCard:
@@ -36,6 +38,8 @@ class VirtualStage:
         self.states: dict[int, ProcessState] = {}
         self.on_kill: Callable[[int], None] = lambda _pid: None
         self.convicts: list[Request] = []
+        self.delays_s: dict[str, float] = {}
+        """By how much the next step of an engine is late, by its name."""
 
     def fatal_step(self, name: str, identity: str) -> frozenset[int]:
         """See ``NodeStage``."""
@@ -55,3 +59,20 @@ class VirtualStage:
     def state(self, pid: int, start_time: int) -> ProcessState:
         """See ``ProcProbe``."""
         return self.states.get(pid, ProcessState.UNKNOWN)
+
+
+class DelayedRunner:
+    """A runner on a machine that may be late with a step."""
+
+    def __init__(self, runner: Runner, name: str, stage: VirtualStage, clock: VirtualClock) -> None:
+        self._runner = runner
+        self._name = name
+        self._stage = stage
+        self._clock = clock
+
+    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+        """See ``Runner``."""
+        delay_s = self._stage.delays_s.pop(self._name, None)
+        if delay_s is not None:
+            self._clock.sleep(delay_s)
+        return self._runner.execute(plan)

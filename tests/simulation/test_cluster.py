@@ -17,7 +17,7 @@ from tests.simulation.workload import draw_requests
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.dispatcher import STALL_MAX_S, UNCLAIMED_MAX_S
-from understudy.runtime.control.health import SILENT_AFTER_S
+from understudy.runtime.control.health import SILENT_AFTER_S, STEP_BUDGET_MIN_S
 from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR
 from understudy.runtime.kit.virtual import NetworkFaults
@@ -410,6 +410,31 @@ def test_a_frozen_supervisor_judges_nobody_by_its_own_absence(seconds: float) ->
     cluster.check_all_ended()
     check_outputs(clients)
     assert cluster.status().resumed == 0
+
+
+def test_a_slow_step_within_its_budget_costs_nobody_anything() -> None:
+    cluster = Cluster(20, engines=2, step_s=0.05)
+    clients = [cluster.submit(long_request(number), at=1.0) for number in range(1, 9)]
+    cluster.delay_step("engine-0", at=1.5, seconds=STEP_BUDGET_MIN_S - 1.0)
+    cluster.run(60.0)
+    cluster.check_all_ended()
+    check_outputs(clients)
+    assert cluster.status().resumed == 0
+    assert cluster.stage.killed == []
+
+
+def test_a_step_that_never_returns_is_ended_when_its_budget_is_spent() -> None:
+    cluster = Cluster(20, engines=2, step_s=0.05)
+    clients = [cluster.submit(long_request(number), at=1.0) for number in range(1, 9)]
+    cluster.delay_step("engine-0", at=1.5, seconds=1e6)
+    cluster.loop.run_until(1.5 + STEP_BUDGET_MIN_S - 0.1)
+    assert cluster.stage.killed == []
+    cluster.loop.run_until(1.5 + STEP_BUDGET_MIN_S + 1.0)
+    assert len(cluster.stage.killed) == 1
+    cluster.run(60.0)
+    cluster.check_all_ended()
+    check_outputs(clients)
+    assert cluster.status().resumed == 4
 
 
 # Everything at once
