@@ -457,7 +457,7 @@ def _entry(held: HeldRequest) -> Entry:
         engine=None if held.finish else held.engine,
         epoch=held.epoch,
         output=list(held.output),
-        logprobs=list(held.logprobs),
+        logprobs=held.logprobs if held.finish else list(held.logprobs),
         prefix_hash=held.prefix_hash,
         finish=held.finish or 0,
         error_code=held.code,

@@ -12,6 +12,7 @@ A request that has ended is kept for a while, so that a client can join its stre
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, NamedTuple
@@ -62,7 +63,8 @@ class Entry:
     never be given up.
     """
     output: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: Sequence[TokenLogprobs] = field(default_factory=list)
+    """A list while the request lives."""
     prefix_hash: int = 0
     finish: int = 0
     """A ``FinishReason``, or 0 while the request goes on."""
@@ -262,7 +264,9 @@ class Ledger:
         if prefix_hash != row.prefix_hash:
             return Verdict.BROKEN
         entry.output.extend(row.tokens)
-        entry.logprobs.extend(row.logprobs)
+        if row.logprobs:
+            assert isinstance(entry.logprobs, list), "an output grows while its request lives"
+            entry.logprobs.extend(row.logprobs)
         entry.prefix_hash = prefix_hash
         entry.progress_at = now
         return Verdict.ACCEPTED

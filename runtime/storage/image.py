@@ -14,8 +14,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Final
 
-from understudy.protocol.request import FinishReason, TokenLogprobs
-from understudy.runtime.storage.logprobs import unpack_logprobs
+from understudy.protocol.request import FinishReason
+from understudy.runtime.storage.logprobs import PackedLogprobs
 from understudy.runtime.storage.records import Admit, CheckpointPayload, unpack_admit
 
 SERIAL_MASK: Final = (1 << 32) - 1
@@ -236,7 +236,7 @@ class HeldRequest:
     epoch: int
     output: tuple[int, ...]
     prefix_hash: int
-    logprobs: tuple[TokenLogprobs, ...]
+    logprobs: PackedLogprobs
     """One for each token of the output, or empty."""
     finish: FinishReason | None
     """``None`` while the request lives."""
@@ -392,7 +392,7 @@ def describe(held: Held) -> HeldRequest:
         epoch=held.epoch,
         output=tuple(held.output),
         prefix_hash=held.prefix_hash,
-        logprobs=unpack_logprobs(bytes(held.logprobs)),
+        logprobs=PackedLogprobs(bytes(held.logprobs)),
         finish=FinishReason(held.finish) if held.finish else None,
         code=held.code,
         message=held.message,

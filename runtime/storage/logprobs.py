@@ -7,9 +7,10 @@ in 32 bits, so 32 bits nearly always hold a value without loss; where they do no
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, cached_property
 from struct import Struct
-from typing import Final
+from typing import Final, overload
 
 from understudy.protocol.request import TokenLogprobs
 
@@ -33,6 +34,35 @@ def unpack_logprobs(data: bytes) -> tuple[TokenLogprobs, ...]:
         found.append(TokenLogprobs(chosen, tuple(zip(top[0::2], top[1::2], strict=True))))
         position += layout.size
     return tuple(found)
+
+
+class PackedLogprobs(Sequence[TokenLogprobs]):
+    """The log probabilities of an output, unpacked when somebody looks.
+
+    Hardly anybody joins a stream that has ended, and a supervisor that starts anew has thousands.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._unpacked)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprobs: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TokenLogprobs, ...]: ...
+    def __getitem__(self, index: int | slice) -> TokenLogprobs | tuple[TokenLogprobs, ...]:
+        return self._unpacked[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._unpacked == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @cached_property
+    def _unpacked(self) -> tuple[TokenLogprobs, ...]:
+        return unpack_logprobs(self._data)
 
 
 def _pack_one(one: TokenLogprobs) -> bytes:

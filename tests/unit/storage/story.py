@@ -152,7 +152,7 @@ def as_known(held: HeldRequest) -> Known:
         epoch=held.epoch,
         output=held.output,
         prefix_hash=held.prefix_hash,
-        logprobs=held.logprobs,
+        logprobs=tuple(held.logprobs),
         finish=held.finish,
         code=held.code,
         message=held.message,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from understudy.protocol.request import Request, SamplingParams, TokenLogprobs
 from understudy.runtime.storage import records
-from understudy.runtime.storage.logprobs import pack_logprobs, unpack_logprobs
+from understudy.runtime.storage.logprobs import PackedLogprobs, pack_logprobs, unpack_logprobs
 from understudy.runtime.storage.records import Admit, Assign, CheckpointPayload, EndMark
 
 U32 = st.integers(0, 2**32 - 1)
@@ -139,6 +139,9 @@ def test_log_probabilities_come_back_exactly(rows: list[tuple[TokenLogprobs, ...
     joined = b"".join(pack_logprobs(row) for row in rows)
 
     assert unpack_logprobs(joined) == tuple(one for row in rows for one in row)
+    packed = PackedLogprobs(joined)
+    assert packed[1:] == unpack_logprobs(joined)[1:]
+    assert len(packed) == len(unpack_logprobs(joined))
 
 
 def test_log_probabilities_that_fit_32_bits_take_no_more() -> None:
