@@ -83,7 +83,13 @@ class _Output:
             sequence.prefix_hash,
             self.finish,
             tuple(self.logprobs),
+            self._num_cached_tokens(),
         )
+
+    def _num_cached_tokens(self) -> int:
+        """Known with the first token: before it, another engine may yet make that one."""
+        has_first = self.position == 0 and self.sequence.num_output_tokens > 0
+        return (self.sequence.num_cached_tokens or 0) if has_first else 0
 
 
 class _Ended(NamedTuple):
@@ -102,6 +108,7 @@ class Engine:
         *,
         scheduler_config: SchedulerConfig,
         num_blocks: int,
+        enable_prefix_caching: bool = True,
         runner: Runner,
         card: StepCard,
         clock: Clock,
@@ -117,7 +124,9 @@ class Engine:
         self._phase_since = clock.now()
         self._membership = Membership(hello, self.outbox)
         self._kv_cache_manager = KVCacheManager(
-            num_blocks=num_blocks, block_size=scheduler_config.block_size
+            num_blocks=num_blocks,
+            block_size=scheduler_config.block_size,
+            enable_prefix_caching=enable_prefix_caching,
         )
         self._scheduler = Scheduler(scheduler_config, self._kv_cache_manager)
         self._outputs: dict[int, _Output] = {}

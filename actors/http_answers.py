@@ -205,7 +205,10 @@ class Answers:
         self._begin(open_requests, call, outputs, sinks)
         answers = await collected.wait()
         body = call.endpoint.respond(
-            call.heading, answers, num_prompt_tokens=call.num_prompt_tokens
+            call.heading,
+            answers,
+            num_prompt_tokens=call.num_prompt_tokens,
+            num_cached_tokens=_num_cached_tokens(outputs, call),
         )
         return json_response(body, headers=_ignored_header(call.ignored))
 
@@ -232,7 +235,11 @@ class Answers:
         def last_event() -> bytes:
             if not shown.include_usage:
                 return DONE
-            counts = usage(call.num_prompt_tokens, sum(output.num_tokens for output in outputs))
+            counts = usage(
+                call.num_prompt_tokens,
+                sum(output.num_tokens for output in outputs),
+                num_cached_tokens=_num_cached_tokens(outputs, call),
+            )
             return usage_event(heading, endpoint.chunk_kind, counts) + DONE
 
         self._begin(open_requests, call, outputs, sinks)
@@ -276,3 +283,8 @@ def json_response(
 
 def _ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
     return {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
+
+
+def _num_cached_tokens(outputs: Sequence[ChoiceOutput], call: Call) -> int:
+    """Of each prompt what its first choice found: that is what the call would have had to wait."""
+    return sum(output.num_cached_tokens for output in outputs[:: call.first.n])

@@ -168,6 +168,7 @@ class ChoiceOutput:
         request: The choice's request.
         index: Its number among the call's choices.
         num_tokens: Output tokens that count, the stop token included.
+        num_cached_tokens: Tokens of the prompt that its first engine did not have to compute.
         finish_reason: OpenAI's word for the end, once it is reached.
         error: What it is told as, if the end is none that OpenAI has a word for.
         logprobs: Of tokens not yet told to the client; ``None`` if it did not ask.
@@ -183,6 +184,7 @@ class ChoiceOutput:
         "has_stop_strings",
         "index",
         "logprobs",
+        "num_cached_tokens",
         "num_tokens",
         "request",
     )
@@ -199,6 +201,7 @@ class ChoiceOutput:
         self.index = presentation.index
         self.has_stop_strings = bool(presentation.stop)
         self.num_tokens = 0
+        self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         self.error: RequestError | None = None
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
@@ -257,6 +260,7 @@ class ChoiceOutput:
 
     def advance(self, row: TokenRow) -> str:
         """Take in a row; give the text that it adds."""
+        self.num_cached_tokens = self.num_cached_tokens or row.num_cached_tokens
         if self.logprobs is not None and row.logprobs:
             return self._advance_with_logprobs(row, self.logprobs)
         text, num_tokens, is_stopped = self._detokenizer.push(row.tokens, row.finish)

@@ -134,7 +134,11 @@ class _StreamedChoice:
             is_first=not self._is_started,
             finish_reason=output.finish_reason,
             logprobs=logprobs or None,
-            usage=usage(len(output.request.prompt), output.num_tokens)
+            usage=usage(
+                len(output.request.prompt),
+                output.num_tokens,
+                num_cached_tokens=output.num_cached_tokens,
+            )
             if self._reports_usage
             else None,
         )

@@ -463,6 +463,7 @@ def _entry(held: HeldRequest) -> Entry:
         error_code=held.code,
         error_message=held.message,
         ended_at=held.ended_at,
+        num_cached_tokens=held.num_cached_tokens,
     )
 
 

@@ -79,6 +79,8 @@ class Request:
     """A digest of the client's idempotency key and tenant, or empty."""
     body_digest: bytes = b""
     """A digest of the call's body, if there is an idempotency key."""
+    cache_salt: str = ""
+    """Only requests of one tenant and salt share cached prefixes."""
 
 
 def fingerprint(request: Request) -> bytes:
@@ -112,6 +114,9 @@ class TokenRow(NamedTuple):
     """A ``FinishReason``, or 0 while the request goes on."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each of ``tokens``, or empty if the request did not ask."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that the request's first engine found in its cache. Told with the first
+    token, and to whoever joins late; 0 in all other rows."""
 
 
 def extend_prefix_hash(prefix_hash: int, tokens: tuple[int, ...] | list[int]) -> int:

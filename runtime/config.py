@@ -68,6 +68,7 @@ class EngineConfig:
     max_model_len: int | None
     """The longest prompt and answer together; ``None``: as long as the model can."""
     block_size: int
+    enable_prefix_caching: bool
     kv_cache_memory: int | None
     """Bytes; ``None``: chosen from what the device has."""
     data_parallel_size: int

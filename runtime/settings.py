@@ -180,6 +180,14 @@ def choice(*choices: str) -> Parse:
     return parse
 
 
+def switch(value: Any) -> bool:
+    """``true`` or ``false``."""
+    word = str(value).lower()
+    if word not in {"true", "false"}:
+        raise ValueError(f"expected true or false, got {value!r}")
+    return word == "true"
+
+
 _MODEL: Final = "model"
 _CLUSTER: Final = "cluster"
 _MEMORY: Final = "batch and memory"
@@ -205,6 +213,7 @@ _ALL: Final = (
     Setting("api_server_count", integer(1, 64), 1, "gateways that accept on the port", "N"),
     Setting("max_num_batched_tokens", integer(1, 1 << 20), 2048, "tokens in one step", "N"),
     Setting("block_size", integer(1, 1024), 16, "tokens in one KV block", "N"),
+    Setting("enable_prefix_caching", switch, True, "share computed prefixes; true or false", "B"),
     Setting("dtype", choice("auto", "float32", "bfloat16"), "auto", "format of weights", "TYPE"),
     Setting(
         "numerics",

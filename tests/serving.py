@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ class Service:
 
     served: dict[int, Served] = field(default_factory=dict)
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    """Of all prompts, together."""
 
 
 def request_of(request_id: int, prompt: Iterable[int], params: SamplingParams) -> Request:
@@ -42,27 +45,38 @@ def serve(
     max_num_seqs: int = 32,
     num_blocks: int = 512,
     block_size: int = 8,
+    enable_prefix_caching: bool = True,
+    at_once: bool = True,
 ) -> Service:
-    """Serve requests to their ends, all of them there from the start."""
+    """Serve requests to their ends, all of them there from the start, or one after another."""
     config = SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=model.config.max_model_len,
         block_size=block_size,
     )
-    manager = KVCacheManager(num_blocks=num_blocks, block_size=block_size)
+    manager = KVCacheManager(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        enable_prefix_caching=enable_prefix_caching,
+    )
     scheduler = Scheduler(config, manager)
     runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size)
     service = Service()
-    for request in requests:
-        service.served[request.request_id] = Served()
-        scheduler.add(Sequence(request, attempt=0))
-    while (plan := scheduler.schedule()) is not None:
+    waiting = deque(requests)
+    while waiting or scheduler.has_work:
+        while waiting and (at_once or not scheduler.has_work):
+            request = waiting.popleft()
+            service.served[request.request_id] = Served()
+            scheduler.add(Sequence(request, attempt=0))
+        plan = scheduler.schedule()
+        assert plan is not None
         service.num_preemptions += len(plan.preempted)
         for row in scheduler.update(plan, runner.execute(plan)):
             served = service.served[row.request_id]
             assert served.finish is None
             assert row.position == len(served.tokens)
+            service.num_cached_tokens += row.num_cached_tokens
             served.tokens += row.tokens
             served.logprobs += row.logprobs
             served.finish = FinishReason(row.finish) if row.finish else None

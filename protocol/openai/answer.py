@@ -72,13 +72,15 @@ def system_fingerprint(numerics: Sequence[str]) -> str:
     return "fp_" + hashlib.sha256("\n".join(sorted(numerics)).encode()).hexdigest()[:12]
 
 
-def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
-    """What an answer cost, in tokens."""
+def usage(
+    num_prompt_tokens: int, num_completion_tokens: int, *, num_cached_tokens: int
+) -> dict[str, Any]:
+    """What an answer cost, in tokens; ``num_cached_tokens`` of the prompt were computed before."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
     }
 
 

@@ -203,7 +203,7 @@ def _tool_call(param: str, call: ToolCall) -> dict[str, Any]:
 
 
 def chat_response(
-    heading: Heading, answers: Sequence[Answer], *, num_prompt_tokens: int
+    heading: Heading, answers: Sequence[Answer], *, num_prompt_tokens: int, num_cached_tokens: int
 ) -> dict[str, Any]:
     """The answer to a request that does not stream."""
     return {
@@ -217,7 +217,11 @@ def chat_response(
             }
             for answer in answers
         ],
-        "usage": usage(num_prompt_tokens, sum(answer.num_tokens for answer in answers)),
+        "usage": usage(
+            num_prompt_tokens,
+            sum(answer.num_tokens for answer in answers),
+            num_cached_tokens=num_cached_tokens,
+        ),
     }
 
 

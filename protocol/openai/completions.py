@@ -100,7 +100,7 @@ def _token_ids(token_ids: list[int], model: ModelTraits) -> tuple[int, ...]:
 
 
 def completion_response(
-    heading: Heading, answers: Sequence[Answer], *, num_prompt_tokens: int
+    heading: Heading, answers: Sequence[Answer], *, num_prompt_tokens: int, num_cached_tokens: int
 ) -> dict[str, Any]:
     """The answer to a request that does not stream."""
     return {
@@ -114,7 +114,11 @@ def completion_response(
             }
             for answer in answers
         ],
-        "usage": usage(num_prompt_tokens, sum(answer.num_tokens for answer in answers)),
+        "usage": usage(
+            num_prompt_tokens,
+            sum(answer.num_tokens for answer in answers),
+            num_cached_tokens=num_cached_tokens,
+        ),
     }
 
 

@@ -25,6 +25,7 @@ STOP_BYTES_MAX: Final = 256
 STOP_TOKEN_IDS_MAX: Final = 64
 LOGIT_BIAS_MAX: Final = 1024
 LOGPROBS_MAX: Final = 20
+CACHE_SALT_BYTES_MAX: Final = 256
 
 _SMALLEST: Final = 1e-5
 """Temperatures below it are greedy; as top_p it keeps the likeliest token alone."""
@@ -62,6 +63,7 @@ class GenerationFields(msgspec.Struct, kw_only=True, frozen=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     priority: int | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Generation:
     include_usage: bool
     continuous_usage: bool
     priority: int
+    cache_salt: str
 
 
 def check_generation(
@@ -139,7 +142,15 @@ def check_generation(
         include_usage=options.include_usage or False,
         continuous_usage=options.continuous_usage_stats or False,
         priority=_within("priority", fields.priority, 0, least=-(1 << 31), most=(1 << 31) - 1),
+        cache_salt=_cache_salt(fields.cache_salt),
     )
+
+
+def _cache_salt(salt: str | None) -> str:
+    if salt is not None and not 0 < len(salt.encode()) <= CACHE_SALT_BYTES_MAX:
+        text = f"cache_salt must have 1 to {CACHE_SALT_BYTES_MAX} bytes"
+        raise InvalidRequest(text, param="cache_salt")
+    return salt or ""
 
 
 def _sampling(
@@ -213,6 +224,7 @@ def make_requests(
                 generation.sampling, seed=sample_seed(seed, index), max_tokens=max_tokens
             ),
             priority=generation.priority,
+            cache_salt=generation.cache_salt,
         )
         for index, request_id in enumerate(request_ids)
     ]

@@ -221,6 +221,11 @@ class Dispatcher:
                     self.totals.broken += 1
                     self._outbox.send(engine.identity, Cancel(row.request_id))
                     self._take_back(entry)
+        self._records += [
+            records.CacheHit(row.request_id, row.num_cached_tokens)
+            for row in accepted
+            if row.num_cached_tokens
+        ]
         if accepted:
             self._records.append(records.Step(tuple(accepted)))
 
@@ -241,6 +246,8 @@ class Dispatcher:
             self._queue.remove(row.request_id)
             self._with_engine[engine.identity].add(row.request_id)
             engine.unclaimed.discard(row.request_id)
+            if rest.num_cached_tokens:
+                self._records.append(records.CacheHit(row.request_id, rest.num_cached_tokens))
             if rest.tokens or rest.finish:
                 self._records.append(records.Step((rest,)))
                 self._pass_on(entry, rest, engine, now)

@@ -71,6 +71,8 @@ class Entry:
     error_code: str = ""
     error_message: str = ""
     ended_at: float = 0.0
+    num_cached_tokens: int = 0
+    """Of the prompt, in the cache of the engine that made the first token."""
 
     @property
     def request_id(self) -> int:
@@ -108,6 +110,7 @@ class Entry:
                     prefix_hash,
                     self.finish if is_last else 0,
                     tuple(self.logprobs[start:end]),
+                    self.num_cached_tokens,
                 )
             )
         return rows
@@ -217,7 +220,10 @@ class Ledger:
         if known < 0 or list(row.tokens[:known]) != entry.output[row.position :]:
             return None
         rest = row._replace(
-            position=position, tokens=row.tokens[known:], logprobs=row.logprobs[known:]
+            position=position,
+            tokens=row.tokens[known:],
+            logprobs=row.logprobs[known:],
+            num_cached_tokens=0 if position else row.num_cached_tokens,
         )
         if self._append(entry, rest, now) is not Verdict.ACCEPTED:
             return None
@@ -268,6 +274,7 @@ class Ledger:
             assert isinstance(entry.logprobs, list), "an output grows while its request lives"
             entry.logprobs.extend(row.logprobs)
         entry.prefix_hash = prefix_hash
+        entry.num_cached_tokens = entry.num_cached_tokens or row.num_cached_tokens
         entry.progress_at = now
         return Verdict.ACCEPTED
 

@@ -5,11 +5,14 @@ Knows nothing of sequences, tokens or tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 
 class BlockPool:
     """``num_blocks`` equal blocks, each with a count of its owners.
+
+    A block that has lost its last owner is not free before ``give_back`` says so: somebody may
+    want to keep what it holds.
 
     The free list is a stack: taking and giving back cost the same whatever the pool's size, the
     block used last is the next to be used again, while it may still be in a processor's cache, and
@@ -24,7 +27,7 @@ class BlockPool:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that nobody owns."""
+        """Blocks that can be taken."""
         return len(self._free)
 
     def allocate(self, num_blocks: int) -> list[int] | None:
@@ -38,23 +41,28 @@ class BlockPool:
             self._num_owners[block] = 1
         return blocks
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """Add an owner to each of these blocks; they have one already."""
-        for block in blocks:
-            assert self._num_owners[block] > 0, f"block {block} is free and cannot be shared"
-            self._num_owners[block] += 1
+    def share(self, block: int) -> None:
+        """Add an owner to a block that is not free."""
+        self._num_owners[block] += 1
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Take an owner from each of these blocks; one without owners is free again."""
-        for block in blocks:
-            assert self._num_owners[block] > 0, f"block {block} is free already"
-            self._num_owners[block] -= 1
-            if self._num_owners[block] == 0:
-                self._free.append(block)
+    def release(self, block: int) -> bool:
+        """Take an owner from a block; whether that was the last one."""
+        assert self._num_owners[block] > 0, f"block {block} has no owner"
+        self._num_owners[block] -= 1
+        return self._num_owners[block] == 0
 
-    def check_integrity(self, num_owners: Mapping[int, int]) -> None:
-        """Assert that each block has the owners named here, or else is free, exactly once."""
+    def give_back(self, block: int) -> None:
+        """Free a block without owners."""
+        assert self._num_owners[block] == 0, f"block {block} is owned"
+        self._free.append(block)
+
+    def check_integrity(self, num_owners: Mapping[int, int], kept: Collection[int] = ()) -> None:
+        """Assert that each block has the owners named here, is ``kept``, or is free, once."""
         for block, count in enumerate(self._num_owners):
             assert count == num_owners.get(block, 0), f"block {block} counts {count} owners"
-        ownerless = [block for block, count in enumerate(self._num_owners) if count == 0]
-        assert sorted(self._free) == ownerless, "the free list is not the blocks without owners"
+        self._check_free(
+            block for block, count in enumerate(self._num_owners) if not count and block not in kept
+        )
+
+    def _check_free(self, expected: Iterable[int]) -> None:
+        assert sorted(self._free) == list(expected), "the free list is not the blocks that are free"

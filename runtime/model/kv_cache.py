@@ -13,12 +13,14 @@ Which block belongs to whom is the KV cache manager's business; here a slot is a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.kvcache.kv_cache_manager import BlockCopy
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.memory import available_memory
 
@@ -72,6 +74,19 @@ class KVCache:
                 f"out of memory: the KV cache needs {needed // _MIB} MiB for {num_blocks} blocks; "
                 "lower --kv-cache-memory or --gpu-memory-utilization"
             ) from error
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks in every layer, all at once: sources are read before targets are written."""
+        if not copies:
+            return
+        offsets = torch.arange(self.block_size)
+        blocks = torch.tensor(copies) * self.block_size
+        sources, targets = (blocks[:, :, None] + offsets).unbind(dim=1)
+        sources = sources.flatten().to(self.layers[0].keys.device)
+        targets = targets.flatten().to(self.layers[0].keys.device)
+        for layer in self.layers:
+            for tensor in layer:
+                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
 
 class KVCacheSize(NamedTuple):

@@ -85,6 +85,7 @@ class ModelRunner:
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens; ``[plan.num_tokens, hidden_size]``, in plan order."""
+        self._cache.copy_blocks(plan.copies)
         batch = self._batch(plan.scheduled)
         return self._model.forward(batch, self._cache)[: len(batch.slots)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from understudy.protocol.request import TokenLogprobs
+from understudy.runtime.kvcache.kv_cache_manager import BlockCopy
 from understudy.runtime.scheduling.sequence import Sequence
 
 
@@ -40,12 +41,14 @@ class StepPlan(NamedTuple):
 
     ``scheduled`` holds a sequence once at most. It is empty in a step in which sequences only end
     (cancelled, or too big for the cache). ``preempted`` names the requests that gave their blocks
-    back for this step.
+    back for this step. ``copies`` come first, all at once: a block may be the source of one and
+    the target of another.
     """
 
     step: int
     scheduled: tuple[ScheduledSequence, ...]
     preempted: tuple[int, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -4,9 +4,10 @@ The least urgent running sequence does: lowest priority first, among equals the 
 has the least work to lose, and since nobody takes blocks from the most urgent one, that one always
 gets to its end, so preemption cannot go round in circles.
 
-What it loses is the cache alone. Its tokens are kept, prompt and output, and computing them again
-in a few large chunks is cheaper than carrying blocks to another memory and back. It had been let in
-before everyone who waits, so it goes in again before them, as soon as all of its tokens fit.
+What it loses is its claim to its blocks, and of what they hold only what is overwritten before it
+starts again. Its tokens are kept, prompt and output, and computing them again in a few large chunks
+is cheaper than carrying blocks to another memory and back. It had been let in before everyone who
+waits, so it goes in again before them, as soon as all of its tokens fit.
 """
 
 from __future__ import annotations

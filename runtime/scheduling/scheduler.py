@@ -16,8 +16,8 @@ The scheduler has one rule: **move the marks until they catch up**, within the s
     E ░░░░░░░░░░░░                            waits                   queued
 
 A sequence that was preempted, or that comes from an engine that died, is a row whose mark stands at
-0, output and all. A prefix found in a cache is a mark that starts further on; a draft to verify is
-a longer row. None of them is a case here, and no step is of one kind or another.
+0, output and all. A prefix found in the cache is a mark that starts further on; a draft to verify
+is a longer row. None of them is a case here, and no step is of one kind or another.
 
 Order
 -----
@@ -101,6 +101,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._step = 0
         self._plan: StepPlan | None = None
+        self._started: list[Sequence] = []
+        """Sequences that the plan starts; what they share of it is not computed before it ends."""
 
     @property
     def has_work(self) -> bool:
@@ -169,6 +171,8 @@ class Scheduler:
         The blocks for it are allocated. A plan that was not carried out may be replaced by
         calling this again: marks move in ``update`` alone.
         """
+        if self._plan is not None:
+            self._withdraw()
         if not self.has_work:
             return None
         scheduled: list[ScheduledSequence] = []
@@ -176,12 +180,12 @@ class Scheduler:
             preempted = self._run_suspect(scheduled)
         else:
             preempted = self._continue_running(scheduled)
-            # Who was just preempted heads the queue and wants more blocks than it gave back, so
-            # nobody starts in a step that preempts.
-            self._start_waiting(scheduled)
+            if not preempted:  # blocks are short, and who had to give way would come first
+                self._start_waiting(scheduled)
         assert scheduled or not self._sequences, "a step must bring someone forward"
         self._step += 1
-        self._plan = StepPlan(self._step, tuple(scheduled), preempted)
+        copies = self._kv_cache_manager.take_copies()
+        self._plan = StepPlan(self._step, tuple(scheduled), preempted, copies)
         return self._plan
 
     def update(self, plan: StepPlan, sampled: Mapping[int, SampledToken]) -> list[TokenRow]:
@@ -191,6 +195,7 @@ class Scheduler:
         """
         assert plan is self._plan, "a step is taken in once, and only the latest"
         self._plan = None
+        self._started.clear()
         self._widen_budget()
         rows, self._ended = self._ended, []
         for sequence, num_tokens in plan.scheduled:
@@ -199,6 +204,7 @@ class Scheduler:
             sequence.num_computed_tokens += num_tokens
             if sequence.num_computed_tokens == sequence.num_tokens:
                 rows.append(self._take(sequence, sampled.get(sequence.request_id)))
+        self._kv_cache_manager.settle()
         return rows
 
     def shed(self, plan: StepPlan) -> None:
@@ -209,7 +215,7 @@ class Scheduler:
         with an error.
         """
         assert plan is self._plan, "only the latest step can be shed"
-        self._plan = None
+        self._withdraw()
         self.num_sheds_in_a_row += 1
         is_small = len(plan.scheduled) == 1 and plan.num_tokens <= self._config.block_size
         if is_small and self.num_sheds_in_a_row >= SHEDS_MAX:
@@ -251,25 +257,20 @@ class Scheduler:
                 preempted.append(victim.request_id)
                 if victim is sequence:
                     return tuple(preempted)
-            scheduled.append(ScheduledSequence(sequence, num_tokens))
-            budget -= num_tokens
+            budget -= self._grant(sequence, num_tokens, scheduled)
         return tuple(preempted)
 
     def _run_suspect(self, scheduled: list[ScheduledSequence]) -> tuple[int, ...]:
         """Give the step to the first suspect alone, whoever has to give way for it."""
         sequence = next(iter(self._suspects.values()))
-        num_tokens = sequence.num_tokens - sequence.num_computed_tokens
         preempted: list[int] = []
         if sequence.status is SequenceStatus.WAITING:
             if len(self._running) >= self._config.max_num_seqs:
                 preempted.append(self._preempt_last().request_id)
-            while not self._kv_cache_manager.allocate(sequence, num_tokens):
+            while not self._kv_cache_manager.start(sequence):
                 preempted.append(self._preempt_last().request_id)
-            del self._waiting[sequence.request_id]
-            sequence.status = SequenceStatus.RUNNING
-            insort(self._running, sequence, key=urgency)
-        num_tokens = min(num_tokens, self._budget)
-        scheduled.append(ScheduledSequence(sequence, num_tokens))
+            self._start(sequence)
+        self._grant(sequence, self._budget, scheduled)
         return tuple(preempted)
 
     def _start_waiting(self, scheduled: list[ScheduledSequence]) -> None:
@@ -277,21 +278,50 @@ class Scheduler:
         budget = self._budget - sum(n for _, n in scheduled)
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             sequence = next(iter(self._waiting.values()))
-            if not self._kv_cache_manager.allocate(sequence, sequence.num_tokens):
+            if not self._kv_cache_manager.start(sequence):
                 break
-            self._waiting.popitem(last=False)
-            sequence.status = SequenceStatus.RUNNING
-            insort(self._running, sequence, key=urgency)
-            num_tokens = min(sequence.num_tokens, budget)
-            scheduled.append(ScheduledSequence(sequence, num_tokens))
-            budget -= num_tokens
+            self._start(sequence)
+            budget -= self._grant(sequence, budget, scheduled)
+
+    def _start(self, sequence: Sequence) -> None:
+        """A waiting sequence has its blocks: it runs."""
+        del self._waiting[sequence.request_id]
+        sequence.status = SequenceStatus.RUNNING
+        insort(self._running, sequence, key=urgency)
+        self._started.append(sequence)
+
+    def _grant(
+        self, sequence: Sequence, tokens_max: int, scheduled: list[ScheduledSequence]
+    ) -> int:
+        """Schedule the next tokens of a running sequence, and say how many."""
+        num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, tokens_max)
+        self._kv_cache_manager.plan(sequence, num_tokens)
+        scheduled.append(ScheduledSequence(sequence, num_tokens))
+        return num_tokens
 
     def _preempt_last(self) -> Sequence:
         """Put the least urgent running sequence back at the front of those that wait."""
         victim = preempt_last(self._running, self._kv_cache_manager)
-        self._waiting[victim.request_id] = victim
-        self._waiting.move_to_end(victim.request_id, last=False)
+        self._wait_again(victim)
         return victim
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        self._waiting[sequence.request_id] = sequence
+        self._waiting.move_to_end(sequence.request_id, last=False)
+
+    def _withdraw(self) -> None:
+        """The plan is not carried out: who was started for it waits again."""
+        self._plan = None
+        self._kv_cache_manager.withdraw()
+        started, self._started = self._started, []
+        for sequence in reversed(started):
+            if sequence.status is SequenceStatus.RUNNING:
+                self._running.remove(sequence)
+                # What the cache had for it may be part of the step that was not.
+                sequence.num_computed_tokens = 0
+                self._kv_cache_manager.free(sequence)
+                sequence.status = SequenceStatus.WAITING
+                self._wait_again(sequence)
 
     def _widen_budget(self) -> None:
         """After enough steps that fitted, allow larger ones again."""
@@ -305,17 +335,22 @@ class Scheduler:
         """Take in a draw; a sequence that got none has numbers that are not finite, and ends."""
         if sampled is not None:
             return self._append(sequence, sampled)
+        self._kv_cache_manager.discard(sequence)
         self._remove(sequence)
         return _token_row(sequence, FinishReason.ERROR)
 
     def _append(self, sequence: Sequence, sampled: SampledToken) -> TokenRow:
         """Give a sequence its next token, and let it go if that was its last."""
         self._suspects.pop(sequence.request_id, None)
+        is_first = sequence.num_output_tokens == 0
         finish = sequence.append(sampled.token_id)
         if finish is not None:
             self._remove(sequence)
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        return _token_row(sequence, finish, (sampled.token_id,), logprobs)
+        row = _token_row(sequence, finish, (sampled.token_id,), logprobs)
+        if is_first and sequence.num_cached_tokens:
+            return row._replace(num_cached_tokens=sequence.num_cached_tokens)
+        return row
 
     def _remove(self, sequence: Sequence) -> None:
         """Let a sequence go, and take its blocks back."""

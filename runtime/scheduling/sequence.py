@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from understudy.protocol.request import FinishReason, Request, extend_prefix_hash
+from understudy.runtime.kvcache.prefix_cache import root_key
 
 
 class SequenceStatus(Enum):
@@ -29,6 +30,9 @@ class Sequence:
         priority: Lower is earlier.
         token_ids: Prompt, then output.
         num_prompt_tokens: How many of ``token_ids`` are the prompt.
+        cache_root: Who may share its keys and values: see ``prefix_cache``.
+        block_keys: The keys of its first full blocks, as far as they were asked for.
+        num_cached_tokens: How many tokens of the prompt were found in the cache at its first start.
         num_computed_tokens: How many of ``token_ids`` have their keys and values in the cache.
         num_tokens_max: The sequence is over when it has this many tokens. The scheduler lowers it
             to what the model and the cache can hold.
@@ -41,7 +45,10 @@ class Sequence:
     __slots__ = (
         "arrival",
         "attempt",
+        "block_keys",
         "block_table",
+        "cache_root",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_tokens_max",
@@ -67,6 +74,9 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_tokens_max = self.num_prompt_tokens + request.params.max_tokens
         self.block_table: list[int] = []
+        self.cache_root = root_key(request.tenant, request.cache_salt)
+        self.block_keys: list[bytes] = []
+        self.num_cached_tokens: int | None = None
         self.prefix_hash = extend_prefix_hash(0, output)
         self.arrival = 0
         self.status = SequenceStatus.WAITING

@@ -51,6 +51,7 @@ class Held:
         "is_kept",
         "logprobs",
         "message",
+        "num_cached_tokens",
         "output",
         "prefix_hash",
         "request_id",
@@ -68,6 +69,7 @@ class Held:
         self.output: list[int] | array[int] = array("I")
         """A list while it grows, and 32 bits for each token when it does not, to be small."""
         self.logprobs = bytearray()
+        self.num_cached_tokens = 0
         self.prefix_hash = 0
         """Of the output; up to date after ``update``, but only in a writer."""
         self.finish = 0
@@ -111,6 +113,7 @@ class Held:
             self.admit,
             array("I", self.output).tobytes(),
             bytes(self.logprobs),
+            self.num_cached_tokens,
         )
 
     def restore(self, payload: CheckpointPayload, base: int) -> None:
@@ -125,6 +128,7 @@ class Held:
         self.admit = payload.admit
         self.output = array("I", payload.output)
         self.logprobs = bytearray(payload.logprobs)
+        self.num_cached_tokens = payload.num_cached_tokens
         self.prefix_hash = payload.prefix_hash
         self.finish = payload.finish
         self.ended_at = payload.ended_at
@@ -244,6 +248,8 @@ class HeldRequest:
     """The error that its client was told, if it was."""
     message: str = ""
     ended_at: float = 0.0
+    num_cached_tokens: int = 0
+    """Of the prompt, in the cache of the engine that made the first token."""
 
 
 class Image:
@@ -397,6 +403,7 @@ def describe(held: Held) -> HeldRequest:
         code=held.code,
         message=held.message,
         ended_at=held.ended_at,
+        num_cached_tokens=held.num_cached_tokens,
     )
 
 

@@ -39,7 +39,7 @@ from understudy.runtime.storage import records
 from understudy.runtime.storage.compaction import Compaction
 from understudy.runtime.storage.disk import Disk
 from understudy.runtime.storage.image import HeldRequest, Retention, describe
-from understudy.runtime.storage.records import Admit, Assign, End, Epoch, Record, Step
+from understudy.runtime.storage.records import Admit, Assign, CacheHit, End, Epoch, Record, Step
 from understudy.runtime.storage.recovery import (
     DAMAGE_CODE,
     DAMAGE_MESSAGE,
@@ -270,6 +270,11 @@ class Journal:
                 held.engine = record.engine
                 image.epoch = max(image.epoch, record.epoch)
                 self._add(parts, records.ASSIGN, records.encode_assign(held.serial, record))
+            case CacheHit(request_id, num_tokens):
+                held = image.live[request_id]
+                held.num_cached_tokens = num_tokens
+                payload = records.encode_cache_hit(held.serial, num_tokens)
+                self._add(parts, records.CACHE_HIT, payload)
             case End(request_id, reason, code, message):
                 held = image.live[request_id]
                 image.end(held, reason, image.clock, code, message)

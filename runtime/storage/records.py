@@ -39,6 +39,7 @@ EPOCH: Final = 7
 CLOCK: Final = 8
 CHECKPOINT: Final = 9
 RETIRE: Final = 10
+CACHE_HIT: Final = 11
 
 KIND_NAMES: Final = {
     HEADER: "header",
@@ -51,6 +52,7 @@ KIND_NAMES: Final = {
     CLOCK: "clock",
     CHECKPOINT: "checkpoint",
     RETIRE: "retire",
+    CACHE_HIT: "cache hit",
 }
 
 
@@ -81,6 +83,14 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheHit:
+    """The engine that made a request's first token had so much of its prompt in its cache."""
+
+    request_id: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Rows that the ledger accepted, in the order of the engine's batch.
 
@@ -108,7 +118,7 @@ class Epoch:
     highest: int
 
 
-Record: TypeAlias = Admit | Assign | Step | End | Epoch
+Record: TypeAlias = Admit | Assign | CacheHit | Step | End | Epoch
 
 
 class AssignPayload(NamedTuple):
@@ -157,16 +167,19 @@ class CheckpointPayload(NamedTuple):
     output: bytes
     """The tokens, 32 bits each."""
     logprobs: bytes
+    num_cached_tokens: int = 0
 
 
-class _CheckpointTexts(NamedTuple):
+class _CheckpointRest(NamedTuple):
     engine: str | None
     code: str
     message: str
+    num_cached_tokens: int = 0
 
 
 _PREFIX = Struct("<QB")
 _CHECK = Struct("<II")
+_CACHE_HIT = Struct("<II")
 _ADMIT = Struct("<IQ")
 _ASSIGN = Struct("<IIQ")
 END_MARK: Final = Struct("<IBII")
@@ -178,7 +191,7 @@ PAYLOAD_AT: Final = _PREFIX.size
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_admit = msgspec.msgpack.Decoder(Admit).decode
-_unpack_texts = msgspec.msgpack.Decoder(_CheckpointTexts).decode
+_unpack_rest = msgspec.msgpack.Decoder(_CheckpointRest).decode
 _unpack_error = msgspec.msgpack.Decoder(tuple[str, str]).decode
 
 
@@ -233,6 +246,17 @@ def decode_assign(data: bytes, start: int, stop: int) -> AssignPayload:
     return AssignPayload(serial, attempt, epoch, data[start + _ASSIGN.size : stop].decode())
 
 
+def encode_cache_hit(serial: int, num_tokens: int) -> bytes:
+    """The payload of a cache hit."""
+    return _CACHE_HIT.pack(serial, num_tokens)
+
+
+def decode_cache_hit(data: bytes, start: int) -> tuple[int, int]:
+    """The serial and the number of tokens."""
+    serial, num_tokens = _CACHE_HIT.unpack_from(data, start)
+    return serial, num_tokens
+
+
 def encode_end(mark: EndMark, code: str, message: str) -> bytes:
     """The payload of an end."""
     return END_MARK.pack(*mark) + _pack((code, message))
@@ -273,8 +297,8 @@ def decode_clock(data: bytes, start: int) -> float:
 
 def encode_checkpoint(payload: CheckpointPayload) -> bytes:
     """The payload of a checkpoint."""
-    texts = _pack(_CheckpointTexts(payload.engine, payload.code, payload.message))
-    parts = (texts, payload.admit, payload.output, payload.logprobs)
+    rest = _CheckpointRest(payload.engine, payload.code, payload.message, payload.num_cached_tokens)
+    parts = (_pack(rest), payload.admit, payload.output, payload.logprobs)
     fixed = _CHECKPOINT.pack(*payload[:8], *map(len, parts))
     return b"".join((fixed, *parts))
 
@@ -293,6 +317,7 @@ def decode_checkpoint(data: bytes, start: int) -> CheckpointPayload:
     for size in fixed[-4:]:
         parts.append(data[at : at + size])
         at += size
-    texts, admit, output, logprobs = parts
-    values = (*fixed[:-4], *_unpack_texts(texts), admit, output, logprobs)
-    return CheckpointPayload._make(values)
+    packed, admit, output, logprobs = parts
+    rest = _unpack_rest(packed)
+    values = (rest.engine, rest.code, rest.message, admit, output, logprobs)
+    return CheckpointPayload._make((*fixed[:-4], *values, rest.num_cached_tokens))

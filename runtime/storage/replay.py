@@ -145,6 +145,9 @@ class Replay:
             serial, attempt, epoch, engine = records.decode_assign(data, start, stop)
             held = self._held(serial)
             held.attempt, held.epoch, held.engine = attempt, epoch, engine
+        elif kind == records.CACHE_HIT:
+            serial, num_tokens = records.decode_cache_hit(data, start)
+            self._held(serial).num_cached_tokens = num_tokens
         elif kind == records.END:
             mark, code, message = records.decode_end(data, start, stop)
             self._end(mark, code, message)

@@ -259,9 +259,9 @@ async def test_an_engine_without_log_probabilities_gives_an_empty_list(echo: Har
 
 
 async def test_ignored_fields_are_named_in_a_header(echo: Harness) -> None:
-    body = {**CHAT_BODY, "user": "u", "cache_salt": "x", "zebra": 1}
+    body = {**CHAT_BODY, "user": "u", "metadata": {}, "session_id": "x", "zebra": 1}
     async with echo.post(CHAT, body) as response:
-        assert response.headers["X-Ignored-Fields"] == "cache_salt, zebra"
+        assert response.headers["X-Ignored-Fields"] == "session_id, zebra"
     async with echo.post(CHAT, CHAT_BODY) as response:
         assert "X-Ignored-Fields" not in response.headers
 

@@ -26,26 +26,29 @@ def test_too_large_an_allocation_takes_nothing() -> None:
 def test_the_block_released_last_is_the_next_to_be_used() -> None:
     pool = BlockPool(num_blocks=4)
     pool.allocate(4)
-    pool.release([1, 3])
+    for block in (1, 3):
+        assert pool.release(block)
+        pool.give_back(block)
     assert pool.allocate(2) == [3, 1]
 
 
-def test_a_shared_block_is_free_when_its_last_owner_releases_it() -> None:
+def test_a_shared_block_can_be_given_back_when_its_last_owner_has_released_it() -> None:
     pool = BlockPool(num_blocks=1)
     pool.allocate(1)
-    pool.share([0])
-    pool.release([0])
+    pool.share(0)
+    assert not pool.release(0)
+    with pytest.raises(AssertionError, match="block 0 is owned"):
+        pool.give_back(0)
+    assert pool.release(0)
     assert pool.num_free_blocks == 0
-    pool.release([0])
+    pool.give_back(0)
     assert pool.num_free_blocks == 1
 
 
-def test_a_free_block_can_be_neither_released_nor_shared() -> None:
+def test_a_block_without_owners_cannot_be_released() -> None:
     pool = BlockPool(num_blocks=2)
-    with pytest.raises(AssertionError, match="block 1 is free already"):
-        pool.release([1])
-    with pytest.raises(AssertionError, match="block 1 is free and cannot be shared"):
-        pool.share([1])
+    with pytest.raises(AssertionError, match="block 1 has no owner"):
+        pool.release(1)
 
 
 def test_integrity_fails_for_an_owner_that_nobody_knows() -> None:
@@ -78,14 +81,17 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def share(self, data: st.DataObject) -> None:
         if self.holdings:
             blocks = data.draw(st.sampled_from(self.holdings))
-            self.pool.share(blocks)
+            for block in blocks:
+                self.pool.share(block)
             self.holdings.append(list(blocks))
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         if self.holdings:
             index = data.draw(st.integers(0, len(self.holdings) - 1))
-            self.pool.release(self.holdings.pop(index))
+            for block in self.holdings.pop(index):
+                if self.pool.release(block):
+                    self.pool.give_back(block)
 
     @invariant()
     def every_owner_is_counted(self) -> None:

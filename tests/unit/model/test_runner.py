@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -98,3 +99,37 @@ def test_stop_tokens_end_a_request_once_min_tokens_were_made(model_of: LoadModel
     assert len(served.tokens) > 6
     assert all(token % 2 for token in served.tokens[:-1])
     assert served.tokens[-1] % 2 == 0
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_text_does_not_depend_on_what_the_prefix_cache_has_of_it(
+    model_of: LoadModel, family: str, at_once: bool
+) -> None:
+    model = model_of(family, torch.float32, "exact")
+    common = torch.randint(128, (45,), generator=torch.Generator().manual_seed(9)).tolist()
+    # Prompts that end or part within a block, at its edge, and that repeat each other whole.
+    asked = [
+        request_of(i, [*common[: 13 + 8 * i], *range(i % 3)], params)
+        for i, params in enumerate(PARAMS[:5])
+    ]
+    asked += [replace(request, request_id=10 + request.request_id) for request in asked]
+    cold = serve(model, asked, at_once=at_once, enable_prefix_caching=False)
+    warm = serve(model, asked, at_once=at_once)
+    assert cold.num_cached_tokens == 0
+    assert warm.num_cached_tokens > sum(len(request.prompt) for request in asked) / 2
+    assert warm.served == cold.served
+
+
+def test_a_text_does_not_depend_on_which_prefixes_had_to_be_given_up(model_of: LoadModel) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    common = torch.randint(128, (64,), generator=torch.Generator().manual_seed(9)).tolist()
+    asked = [
+        request_of(i, [*common[: 8 * (i % 7) + i % 5], i], replace(PARAMS[i % 6], max_tokens=12))
+        for i in range(24)
+    ]
+    cold = serve(model, asked, enable_prefix_caching=False)
+    tight = serve(model, asked, num_blocks=14, max_num_batched_tokens=24)
+    assert tight.num_preemptions > 0
+    assert tight.num_cached_tokens > 0
+    assert tight.served == cold.served

@@ -75,9 +75,10 @@ REQUEST = Request(
     presentation=b"\x01\x02",
     idempotency_key=b"\x03",
     body_digest=b"\x04",
+    cache_salt="salt",
 )
 ROWS = (
-    TokenRow(11, 1, 0, (5, 6), 0xDEADBEEF, 0),
+    TokenRow(11, 1, 0, (5, 6), 0xDEADBEEF, 0, (), 3),
     TokenRow(
         12,
         2,

@@ -74,9 +74,15 @@ class CachingRunner:
 
     block_size: int
     requests: dict[int, Request] = field(default_factory=dict)
-    slots: dict[tuple[int, int], tuple[int, int, int, int]] = field(default_factory=dict)
+    slots: dict[tuple[int, int], tuple[str, list[int]]] = field(default_factory=dict)
 
     def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+        self.slots |= {
+            (target, slot): self.slots[source, slot]
+            for source, target in plan.copies
+            for slot in range(self.block_size)
+            if (source, slot) in self.slots
+        }
         for sequence, num_tokens in plan.scheduled:
             start = sequence.num_computed_tokens
             for position in range(start, start + num_tokens):
@@ -101,8 +107,10 @@ class CachingRunner:
         block_index, slot = divmod(position, self.block_size)
         return sequence.block_table[block_index], slot
 
-    def entry(self, sequence: Sequence, position: int) -> tuple[int, int, int, int]:
-        return sequence.request_id, sequence.attempt, position, sequence.token_ids[position]
+    def entry(self, sequence: Sequence, position: int) -> tuple[str, list[int]]:
+        """Keys and values say all that was read so far, and may be shared within a tenant."""
+        tenant = self.requests[sequence.request_id].tenant
+        return tenant, sequence.token_ids[: position + 1]
 
 
 def oracle(
@@ -132,6 +140,7 @@ class Arrival:
     params: SamplingParams
     priority: int
     num_resumed: int
+    tenant: str = ""
 
 
 arrivals = st.builds(
@@ -147,6 +156,7 @@ arrivals = st.builds(
     ),
     priority=st.sampled_from([0, -1, 1]),
     num_resumed=st.sampled_from([0, 0, 0, 1, 3, 12]),
+    tenant=st.sampled_from(["", "", "other"]),
 )
 
 
@@ -187,6 +197,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.plan: StepPlan | None = None
         self.num_steps_without_row = 0
         self.num_preempted = 0
+        self.has_shed = False
+        """And goes on with smaller steps for a while."""
         self.has_started = True
         for arrival in crowd:
             self.add(arrival)
@@ -195,7 +207,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, arrival: Arrival) -> None:
         request_id = next(self.request_ids)
         prompt = tuple(range(100, 100 + arrival.prompt_length))
-        request = Request(request_id, request_id, prompt, arrival.params, arrival.priority)
+        request = Request(
+            request_id,
+            request_id,
+            prompt,
+            arrival.params,
+            arrival.priority,
+            tenant=arrival.tenant,
+        )
         self.runner.requests[request_id] = request
         # What it brings along was made by an engine with a larger cache.
         whole, _ = oracle(request, [], max_model_len=UNLIMITED, num_slots=UNLIMITED)
@@ -264,6 +283,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_steps_without_row = 0 if rows else self.num_steps_without_row + 1
         self.check_progress()
 
+    @rule()
+    def shed(self) -> None:
+        """A step that does not fit, and computes nothing."""
+        plan = self.scheduler.schedule()
+        self.plan = None
+        if plan is not None and plan.scheduled and self.scheduler.num_sheds_in_a_row < 4:
+            self.scheduler.shed(plan)
+            self.has_shed = True
+
+    @rule()
+    def forget_prefixes(self) -> None:
+        if self.plan is None:
+            self.kv_cache_manager.reset_prefix_cache()
+
     @rule(data=st.data())
     def cancel_in_mid_step(self, data: st.DataObject) -> None:
         self.schedule()
@@ -298,7 +331,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for a in self.attempts.values()
             if a.sequence.status is SequenceStatus.RUNNING
         ]
-        if plan.num_tokens < budget:
+        if plan.num_tokens < budget and not self.has_shed:
             for sequence in running:
                 uncomputed = sequence.num_tokens - sequence.num_computed_tokens
                 assert granted[sequence.request_id] == uncomputed, "budget is left for it"
@@ -331,7 +364,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whoever is most urgent gets all it needs of each step, so its row cannot be far."""
         num_live = sum(a.end is End.NOT_YET for a in self.attempts.values())
         steps_to_catch_up = -(-self.config.max_model_len // self.config.max_num_batched_tokens)
-        assert self.num_steps_without_row <= num_live * steps_to_catch_up
+        assert self.has_shed or self.num_steps_without_row <= num_live * steps_to_catch_up
 
     @invariant()
     def integrity_holds(self) -> None:

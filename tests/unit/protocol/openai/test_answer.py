@@ -89,7 +89,9 @@ def test_the_last_chunk_says_why_it_is_the_last(has_usage: bool) -> None:
 
 def test_a_chunk_can_say_what_it_cost() -> None:
     encoder = chat_chunk_encoder(HEADING, EventIds(7, [0]), 0, has_usage=True)
-    _, chunk = read(encoder.encode_any(1, "x", is_first=False, usage=usage(3, 1)))
+    _, chunk = read(
+        encoder.encode_any(1, "x", is_first=False, usage=usage(3, 1, num_cached_tokens=0))
+    )
     assert chunk["usage"]["total_tokens"] == 4
 
 
@@ -120,7 +122,7 @@ def test_a_chunk_of_a_completion_has_its_text_and_its_own_log_probabilities() ->
 
 
 def test_the_chunk_with_the_usage_has_no_choices() -> None:
-    event = usage_event(HEADING, CHAT_KIND, usage(1, 2)).decode()
+    event = usage_event(HEADING, CHAT_KIND, usage(1, 2, num_cached_tokens=0)).decode()
     chunk = json.loads(event.removeprefix("data: "))
     assert event.endswith("\n\n")
     assert chunk["choices"] == []

@@ -182,7 +182,9 @@ def test_there_are_only_so_many_template_variables() -> None:
 def test_an_answer_in_one_piece_has_openais_shape() -> None:
     logprob = TokenLogprob(b" h", -0.5, (TokenLogprob(b" h", -0.5), TokenLogprob(b"\xc3", -2.0)))
     answers = [Answer(0, " hi", 2, "stop", [logprob]), Answer(1, "", 1, "length", None)]
-    assert chat_response(Heading("chatcmpl-1", 5, "m"), answers, num_prompt_tokens=3) == {
+    assert chat_response(
+        Heading("chatcmpl-1", 5, "m"), answers, num_prompt_tokens=3, num_cached_tokens=1
+    ) == {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 5,
@@ -218,6 +220,6 @@ def test_an_answer_in_one_piece_has_openais_shape() -> None:
             "prompt_tokens": 3,
             "completion_tokens": 3,
             "total_tokens": 6,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": 1},
         },
     }

@@ -107,7 +107,9 @@ def test_an_answer_in_one_piece_has_openais_shape() -> None:
         TokenLogprob(b"\xc3", -1.0, (TokenLogprob(b"\xc3", -1.0), TokenLogprob(b"\xc2", -3)), 1),
     ]
     answers = [Answer(0, "aß", 3, "length", logprobs)]
-    response = completion_response(Heading("cmpl-1", 5, "m"), answers, num_prompt_tokens=2)
+    response = completion_response(
+        Heading("cmpl-1", 5, "m"), answers, num_prompt_tokens=2, num_cached_tokens=1
+    )
     assert response == {
         "id": "cmpl-1",
         "object": "text_completion",
@@ -133,6 +135,6 @@ def test_an_answer_in_one_piece_has_openais_shape() -> None:
             "prompt_tokens": 2,
             "completion_tokens": 3,
             "total_tokens": 5,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": 1},
         },
     }

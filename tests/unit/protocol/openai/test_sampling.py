@@ -52,6 +52,7 @@ def test_an_empty_body_means_openais_defaults() -> None:
         include_usage=False,
         continuous_usage=False,
         priority=0,
+        cache_salt="",
     )
 
 
