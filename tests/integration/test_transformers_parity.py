@@ -126,7 +126,7 @@ class Pair:
             logits: Tensor = self.theirs(torch.tensor([tokens])).logits[0]
         return logits
 
-    def serve(self, **limits: int) -> Service:
+    def serve(self, **limits: Any) -> Service:
         params = SamplingParams(seed=0, max_tokens=NUM_TOKENS, temperature=0.0, logprobs=NUM_TOP)
         requests = [request_of(i, prompt, params) for i, prompt in enumerate(self.prompts)]
         return serve(self.ours, requests, **limits)
