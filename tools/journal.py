@@ -155,6 +155,9 @@ class _Reader:
                 assign = records.decode_assign(data, start, stop)
                 text = f"to {assign.engine}, epoch {assign.epoch}, attempt {assign.attempt}"
                 return self._about(lsn, f"assign {text}", [assign.serial])
+            case records.CACHE_HIT:
+                serial, num_tokens = records.decode_cache_hit(data, start)
+                return self._about(lsn, f"{num_tokens} prompt tokens in the cache", [serial])
             case records.STEP | records.FINAL_STEP:
                 return self._step(lsn, read_step(data, start, stop))
             case records.END:

@@ -39,12 +39,12 @@ from understudy.protocol.messages import (
     Rejected,
 )
 from understudy.protocol.request import FinishReason, Request, TokenRow, fingerprint
-from understudy.runtime.control import router
 from understudy.runtime.control.admission import Admission, AdmissionLimits
 from understudy.runtime.control.ledger import Entry, Ledger, Verdict
 from understudy.runtime.control.quarantine import Quarantine
 from understudy.runtime.control.registry import Member
 from understudy.runtime.control.request_queue import RequestQueue
+from understudy.runtime.control.router import Router
 from understudy.runtime.control.totals import Totals
 from understudy.runtime.kit.actor import Outbox
 from understudy.runtime.storage import records
@@ -72,6 +72,7 @@ class Dispatcher:
         self._serving = serving
         self._ledger = Ledger()
         self._queue = RequestQueue()
+        self._router = Router()
         self._admission = Admission(limits)
         self.quarantine = Quarantine()
         self._convicts: list[Request] = []
@@ -286,6 +287,7 @@ class Dispatcher:
             else:
                 self._take_back(entry)
         self._with_engine.pop(engine, None)
+        self._router.forget(engine)
 
     def move_away(self, engine: str) -> None:
         """Take all requests from an engine that is to rest; they go on elsewhere."""
@@ -301,27 +303,15 @@ class Dispatcher:
         """Give waiting requests to engines for as long as any has credit."""
         if not len(self._queue):
             return
-        able = {member.identity: member for member in self._serving()}
-        while len(self._queue):
-            candidates = [
-                router.Candidate(
-                    identity,
-                    self.outstanding(identity),
-                    member.capacity.max_num_seqs,
-                    member.numerics,
-                )
-                for identity, member in able.items()
-                if member.capacity is not None
-            ]
-            if not any(candidate.credit > 0 for candidate in candidates):
-                return
-            request_id = self._queue.pop()
-            assert request_id is not None
+        engines = self._serving()
+        while (request_id := self._queue.first()) is not None:
             entry = self._ledger.get(request_id)
             assert entry is not None
-            chosen = router.choose(candidates, numerics=entry.numerics if entry.output else None)
-            assert chosen is not None
-            self._assign(request_id, able[chosen.identity], now)
+            chosen = self._router.choose(entry, engines, self.outstanding)
+            if chosen is None:
+                return
+            self._queue.pop()
+            self._assign(request_id, chosen, now)
 
     def deliver(self) -> None:
         """Tell the gateways what has come in since the last call: a message for each step."""
@@ -417,6 +407,7 @@ class Dispatcher:
         for gateway in entry.subscribers:
             self._deliveries[gateway, engine.name].append(row)
         if row.finish:
+            self._router.ended(entry, engine)
             self._leave(entry)
             self._ledger.end(entry, FinishReason(row.finish), now)
             self._admission.finish_rate.record(now)

@@ -51,14 +51,21 @@ class RequestQueue:
         self.num_tokens += num_tokens
         heapq.heappush(self._heap, place)
 
+    def first(self) -> int | None:
+        """The request whose turn it is; it goes on waiting."""
+        while self._heap:
+            place = self._heap[0]
+            if self._places.get(place.request_id) is place:
+                return place.request_id
+            heapq.heappop(self._heap)
+        return None
+
     def pop(self) -> int | None:
         """Take the request whose turn it is."""
-        while self._heap:
-            place = heapq.heappop(self._heap)
-            if self._places.get(place.request_id) is place:
-                self._forget(place.request_id)
-                return place.request_id
-        return None
+        request_id = self.first()
+        if request_id is not None:
+            self._forget(request_id)
+        return request_id
 
     def remove(self, request_id: int) -> bool:
         """Take a request out, wherever it stands; whether it was there."""

@@ -58,7 +58,7 @@ class KVCacheManager:
         assert block_size > 0, block_size
         self.block_size = block_size
         self._pool = BlockPool(num_blocks=num_blocks)
-        self._cache = PrefixCache(num_blocks=num_blocks)
+        self.cache = PrefixCache(num_blocks=num_blocks)
         self._enable_prefix_caching = enable_prefix_caching
         self._pending: dict[int, None] = {}
         """Blocks that may not hold before the step under way has ended what they should."""
@@ -72,12 +72,12 @@ class KVCacheManager:
     @property
     def num_free_blocks(self) -> int:
         """Blocks that nobody owns."""
-        return self._pool.num_free_blocks + self._cache.num_idle_blocks
+        return self._pool.num_free_blocks + self.cache.num_idle_blocks
 
     @property
     def num_cached_blocks(self) -> int:
         """Blocks whose content others can use, owned or not."""
-        return len(self._cache)
+        return len(self.cache)
 
     @property
     def tokens_max(self) -> int:
@@ -98,17 +98,17 @@ class KVCacheManager:
         assert not sequence.block_table, f"{sequence} has started"
         blocks, tail = self._find_prefix(sequence)
         num_new = self._num_blocks_for(sequence.num_tokens) - len(blocks)
-        num_woken = sum(map(self._cache.is_idle, blocks))
+        num_woken = sum(map(self.cache.is_idle, blocks))
         if num_new > self.num_free_blocks - num_woken:
             return False
         for block in blocks:
-            if self._cache.is_idle(block):
-                self._cache.wake(block)
+            if self.cache.is_idle(block):
+                self.cache.wake(block)
             self._pool.share(block)
-            self._cache.hit(block)
+            self.cache.hit(block)
         num_computed = len(blocks) * self.block_size
         if tail is not None:
-            self._cache.hit(tail.block)
+            self.cache.hit(tail.block)
             num_computed += tail.num_tokens
         new = self._take(num_new)
         if tail is not None:
@@ -148,7 +148,7 @@ class KVCacheManager:
             block = sequence.block_table[index]
             parent = keys[index - 1] if index else sequence.cache_root
             tokens = sequence.token_ids[index * size : (index + 1) * size]
-            if self._cache.keep(block, parent, tokens, keys[index]):
+            if self.cache.keep(block, parent, tokens, keys[index]):
                 self._pending[block] = None
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
@@ -166,7 +166,7 @@ class KVCacheManager:
         Sequences that were started for it, and may share such blocks, have to be freed as well.
         """
         for block in self._pending:
-            if self._cache.holds(block):
+            if self.cache.holds(block):
                 self._forget(block)
         self._pending.clear()
         self._copies.clear()
@@ -178,8 +178,8 @@ class KVCacheManager:
         # out in this order again.
         for block in reversed(sequence.block_table):
             if self._pool.release(block):
-                if self._cache.holds(block):
-                    self._cache.rest(block)
+                if self.cache.holds(block):
+                    self.cache.rest(block)
                 else:
                     self._pool.give_back(block)
         sequence.block_table.clear()
@@ -187,8 +187,8 @@ class KVCacheManager:
     def discard(self, sequence: Sequence) -> None:
         """Take back the blocks of a sequence whose numbers are not to be trusted by anyone."""
         for block in sequence.block_table:
-            if self._cache.holds(block):
-                self._cache.drop(block)
+            if self.cache.holds(block):
+                self.cache.drop(block)
         for block in reversed(sequence.block_table):
             if self._pool.release(block):
                 self._pool.give_back(block)
@@ -198,7 +198,7 @@ class KVCacheManager:
     def reset_prefix_cache(self) -> None:
         """Forget every prefix; running sequences keep their blocks."""
         self._pending.clear()
-        for block in self._cache.reset():
+        for block in self.cache.reset():
             self._pool.give_back(block)
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
@@ -211,23 +211,23 @@ class KVCacheManager:
                 f"{sequence} has computed more than its {len(table)} blocks hold"
             )
             num_owners.update(table)
-        idle = {block for block in range(self.num_blocks) if self._cache.is_idle(block)}
+        idle = {block for block in range(self.num_blocks) if self.cache.is_idle(block)}
         self._pool.check_integrity(num_owners, idle)
-        self._cache.check_integrity()
+        self.cache.check_integrity()
 
     def _find_prefix(self, sequence: Sequence) -> _Prefix:
         """What the cache has of a sequence, short of its last token, which has to be computed."""
-        if not len(self._cache):
+        if not len(self.cache):
             return _Prefix([], None)
         size = self.block_size
         num_tokens_max = sequence.num_tokens - 1
         self._extend_keys(sequence, num_tokens_max // size)
         keys = sequence.block_keys[: num_tokens_max // size]
-        blocks = self._cache.match(keys)
+        blocks = self.cache.match(keys)
         parent = keys[len(blocks) - 1] if blocks else sequence.cache_root
         start = len(blocks) * size
         tokens = sequence.token_ids[start : min(start + size, num_tokens_max)]
-        return _Prefix(blocks, self._cache.match_tail(parent, tokens, excluding=self._pending))
+        return _Prefix(blocks, self.cache.match_tail(parent, tokens, excluding=self._pending))
 
     def _keep_tail(self, sequence: Sequence) -> None:
         """Let others copy from the last block, which is not full."""
@@ -236,12 +236,12 @@ class KVCacheManager:
         if not self._enable_prefix_caching or num_rest == 0:
             return
         block = sequence.block_table[num_full]
-        if self._cache.holds(block):
+        if self.cache.holds(block):
             return  # the step under way fills it
         self._extend_keys(sequence, num_full)
         parent = sequence.block_keys[num_full - 1] if num_full else sequence.cache_root
         tokens = sequence.token_ids[num_full * size : sequence.num_computed_tokens]
-        if self._cache.keep(block, parent, tokens):
+        if self.cache.keep(block, parent, tokens):
             self._pending[block] = None  # if a step is under way, it may have to fill this first
 
     def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
@@ -258,14 +258,14 @@ class KVCacheManager:
         if num_blocks == 0:
             return []
         while self._pool.num_free_blocks < num_blocks:
-            self._pool.give_back(self._cache.evict())
+            self._pool.give_back(self.cache.evict())
         blocks = self._pool.allocate(num_blocks)
         assert blocks is not None
         return blocks
 
     def _forget(self, block: int) -> None:
-        was_idle = self._cache.is_idle(block)
-        self._cache.drop(block)
+        was_idle = self.cache.is_idle(block)
+        self.cache.drop(block)
         if was_idle:
             self._pool.give_back(block)
 

@@ -86,7 +86,8 @@ class PrefixCache:
 
     def __init__(self, *, num_blocks: int) -> None:
         """``num_blocks`` is the size of the pool: the turnover by which hits are weighed."""
-        self._bonus = TURNOVERS_PER_DOUBLING * num_blocks
+        self.turnovers_per_doubling = TURNOVERS_PER_DOUBLING
+        self._turnover = num_blocks
         self._blocks: dict[bytes, int] = {}
         self._kept: dict[int, _Kept] = {}
         self._children: dict[bytes, dict[int, None]] = {}
@@ -177,7 +178,8 @@ class PrefixCache:
         """A block has lost its last owner. Of a sequence's blocks, the last rests first."""
         self._num_rests += 1
         self._idle[block] = self._num_rests
-        due = self._num_evicted + self._bonus * log2(1 + self._hits[block])
+        bonus = self._turnover * self.turnovers_per_doubling * log2(1 + self._hits[block])
+        due = self._num_evicted + bonus
         heappush(self._order, (due, self._num_rests, block))
         if len(self._order) > max(2 * len(self._idle), _STALE_MIN):
             self._order = [entry for entry in self._order if self._idle.get(entry[2]) == entry[1]]
