@@ -207,6 +207,13 @@ _ALL: Final = (
     Setting("block_size", integer(1, 1024), 16, "tokens in one KV block", "N"),
     Setting("dtype", choice("auto", "float32", "bfloat16"), "auto", "format of weights", "TYPE"),
     Setting(
+        "quantization",
+        choice("none", "int8", "int4"),
+        "none",
+        "what weights become at load: int8 is W8A8, int4 is weight-only",
+        "KIND",
+    ),
+    Setting(
         "numerics",
         choice("exact", "fast"),
         "exact",
