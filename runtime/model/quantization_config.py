@@ -82,6 +82,7 @@ def _compressed_tensors(value: Mapping[str, Any]) -> CheckpointQuantization:
     weights = _section(group, "weights")
     _require(weights, "dynamic", False, None)
     _require(value, "kv_cache_scheme", None, {})
+    _require(value, "transform_config", None, {})
     sparsity = value.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         raise ConfigurationError("sparsity_config is not supported")
@@ -129,6 +130,7 @@ def _gptq(value: Mapping[str, Any]) -> CheckpointQuantization:
     _require_values(value, bits=4)
     _require(value, "desc_act", False, None)
     _require(value, "checkpoint_format", "gptq", None)
+    _require(value, "is_marlin_format", False, None)
     _require(value, "lm_head", False, None)
     _require(value, "dynamic", None, {})
     return CheckpointQuantization("gptq", _group_size(value.get("group_size")), is_symmetric=False)

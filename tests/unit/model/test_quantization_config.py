@@ -77,6 +77,8 @@ def with_weights(kind: str, **values: object) -> dict[str, Any]:
         (configured("int8", 0) | {"ignore": ["re:("]}, "is no pattern"),
         (configured("int8", 0) | {"ignore": "lm_head"}, "must hold names"),
         (configured("int8", 0) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (configured("int8", 0) | {"transform_config": {"r1": {}}}, "transform_config"),
+        (configured("gptq", 64) | {"is_marlin_format": True}, "is_marlin_format True"),
         (configured("int8", 0) | {"sparsity_config": {"format": "sparse-24"}}, "sparsity_config"),
         (with_weights("int8", strategy="group"), "strategy 'group' is not supported"),
         (with_weights("int8", symmetric=False), "symmetric False is not supported"),
