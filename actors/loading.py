@@ -81,6 +81,7 @@ def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
         dtype=dtype,
         device=torch_device,
         numerics=config.numerics,
+        quantization=config.quantization,
         progress=_Progress(config.model.name),
     )
     size = blocks_that_fit(
@@ -108,15 +109,25 @@ def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
         model=config.model.name,
         device=device,
         dtype=str(dtype).removeprefix("torch."),
+        quantization=_quantization_shown(config, model.config),
         numerics=config.numerics,
         threads=torch.get_num_threads(),
         kv_cache=size.reason,
     )
     runner = ModelRunner(model, num_blocks=size.num_blocks, block_size=config.block_size)
     numerics = numerics_class(
-        config.model, dtype=dtype, device=torch_device, numerics=config.numerics
+        config.model,
+        dtype=dtype,
+        device=torch_device,
+        numerics=config.numerics,
+        quantization=config.quantization,
     )
     return Loaded(runner, max_model_len, size.num_blocks, numerics)
+
+
+def _quantization_shown(config: EngineConfig, model_config: ModelConfig) -> str:
+    stored = model_config.quantization
+    return config.quantization if stored is None else stored.format
 
 
 def _device(config: EngineConfig, *, has_cuda: bool) -> str:

@@ -216,6 +216,13 @@ _ALL: Final = (
     Setting("enable_prefix_caching", switch, True, "share computed prefixes; true or false", "B"),
     Setting("dtype", choice("auto", "float32", "bfloat16"), "auto", "format of weights", "TYPE"),
     Setting(
+        "quantization",
+        choice("none", "int8", "int4"),
+        "none",
+        "what weights become at load: int8 is W8A8, int4 is weight-only",
+        "KIND",
+    ),
+    Setting(
         "numerics",
         choice("exact", "fast"),
         "exact",

@@ -27,7 +27,15 @@ _INDEX_BYTES_MAX: Final = 64 << 20
 _SINGLE_FILE: Final = "model.safetensors"
 _INDEX_FILE: Final = "model.safetensors.index.json"
 _DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    {
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "I8": torch.int8,
+        "I32": torch.int32,
+        "I64": torch.int64,
+    }
 )
 
 
@@ -62,15 +70,19 @@ class Checkpoint:
 
     def read(self, name: str, into: Tensor) -> None:
         """Copy a tensor's values, converted to the dtype of ``into``; the shapes are equal."""
+        assert tuple(into.shape) == self.tensors[name].shape, name
+        into.copy_(self.stored(name))
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as the file has it."""
         stored = self.tensors[name]
-        assert tuple(into.shape) == stored.shape, name
         raw = torch.empty(stored.shape, dtype=stored.dtype)
         with stored.path.open("rb") as file:
             file.seek(stored.start)
             raw_bytes: npt.NDArray[np.uint8] = raw.reshape(-1).view(torch.uint8).numpy()
             if file.readinto(raw_bytes.data) != stored.num_bytes:
                 raise ConfigurationError(f"{stored.path}: truncated while it was read")
-        into.copy_(raw)
+        return raw
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.model.quantization_config import (
+    CheckpointQuantization,
+    checkpoint_quantization,
+)
 
 SUPPORTED_ARCHITECTURES: Final = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -101,6 +105,8 @@ class ModelConfig:
     sampling: SamplingDefaults
     dtype: str | None
     """What the checkpoint was saved in: float32, float16, bfloat16, or unknown."""
+    quantization: CheckpointQuantization | None = None
+    """How the checkpoint's matrices are quantised, if they are."""
 
     @property
     def group_size(self) -> int:
@@ -321,6 +327,7 @@ def _model_config(architecture: str, fields: _Fields, generation: _Fields) -> Mo
         bos_token_id=bos_ids[0] if bos_ids else None,
         sampling=_sampling_defaults(generation),
         dtype=dtype if dtype in _CHECKPOINT_DTYPES else None,
+        quantization=_quantization(fields),
     )
     return None if fields.problems or generation.problems else config
 
@@ -330,14 +337,23 @@ def _refuse_unsupported(fields: _Fields) -> None:
     activation = fields.values.get("hidden_act", "silu")
     if activation != "silu":
         fields.problem(f"hidden_act {_shown(activation)} is not supported; supported: silu")
-    if fields.values.get("quantization_config") is not None:
-        fields.problem("quantization_config: quantised checkpoints are not supported")
     layer_types = fields.values.get("layer_types")
     windowed = isinstance(layer_types, list) and any(
         layer_type != "full_attention" for layer_type in layer_types
     )
     if windowed or fields.values.get("use_sliding_window") is True:
         fields.problem("sliding window attention is not supported")
+
+
+def _quantization(fields: _Fields) -> CheckpointQuantization | None:
+    # Checkpoints written before transformers knew compressed-tensors use the other name.
+    for name in ("quantization_config", "compression_config"):
+        if fields.values.get(name) is not None:
+            try:
+                return checkpoint_quantization(fields.values[name])
+            except ConfigurationError as error:
+                fields.problem(f"{name}: {error}")
+    return None
 
 
 def _head_dim(architecture: str, fields: _Fields, hidden_size: int, num_heads: int) -> int:

@@ -17,6 +17,7 @@ from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.model.model_digest import model_digest
 from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
@@ -54,17 +55,25 @@ def prove_exactness(model: Transformer, *, block_size: int) -> None:
 
 
 def numerics_class(
-    directory: Path, *, dtype: torch.dtype, device: torch.device, numerics: Numerics
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    numerics: Numerics,
+    quantization: Quantization = "none",
 ) -> str:
     """Name whatever decides about bits: two engines that have the same name make the same.
 
-    The model's digest, dtype, device and its kind, instruction set, threads, and torch's release.
+    The model's digest, dtype and quantisation, device and its kind, instruction set, threads, and
+    torch's release.
     """
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device).replace(" ", "_")
     else:
         kind = f"{torch.backends.cpu.get_cpu_capability()}x{torch.get_num_threads()}"
     name = str(dtype).removeprefix("torch.")
+    if quantization != "none":
+        name = f"{name}+{quantization}"
     return "/".join((model_digest(directory), numerics, name, device.type, kind, torch.__version__))
 
 

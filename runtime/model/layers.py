@@ -1,14 +1,15 @@
 """The layers between the attentions: linear, normalisation, gated activation.
 
-Plain functions and one small class, on tensors of shape ``[rows, width]``, a row for each token of
-the step's flat batch. Knows nothing of sequences or of the KV cache.
+Plain functions and small classes, on tensors of shape ``[rows, width]``, a row for each token of
+the step's flat batch. Knows nothing of sequences or of the KV cache. Linears whose weights are
+quantised are in ``understudy.runtime.model.quantization``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
@@ -22,8 +23,24 @@ call, and the plain one is as fast for small weights."""
 _FEW_ROWS: Final = 2
 
 
+class Linear(Protocol):
+    """A matrix that rows are multiplied with, whatever form its weights have."""
+
+    def __call__(self, x: Tensor, tiles: tuple[int, ...]) -> Tensor:
+        """Multiply ``[rows, in]`` to ``[rows, out]``, one tile of rows after the other.
+
+        ``tiles`` are sizes that add up to the number of rows; a linear that takes any row count
+        need not cut.
+        """
+        ...
+
+    def exact_row_counts(self, *, rows_max: int) -> tuple[int, ...] | None:
+        """Tile sizes up to ``rows_max`` that give the same bits here; ``None`` is any size."""
+        ...
+
+
 class LinearShape(NamedTuple):
-    """What decides which kernels a ``Linear`` runs."""
+    """What decides which kernels a ``DenseLinear`` runs."""
 
     in_features: int
     out_features: int
@@ -32,7 +49,7 @@ class LinearShape(NamedTuple):
     device: torch.device
 
 
-class Linear:
+class DenseLinear:
     """``x @ weight.T + bias``, with the weight laid out as this machine multiplies fastest.
 
     The layout, and with it the order of the sums, depends only on the weight's shape, dtype and
@@ -41,24 +58,20 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take ``weight`` ``[out, in]`` and ``bias`` ``[out]``; the weight may be laid out anew."""
-        self.shape = LinearShape(
+        self._shape = LinearShape(
             weight.shape[1], weight.shape[0], bias is not None, weight.dtype, weight.device
         )
         self._multiply = _product(weight, bias)
 
     def __call__(self, x: Tensor, tiles: tuple[int, ...]) -> Tensor:
-        """Multiply ``[rows, in]`` to ``[rows, out]``, one tile of rows after the other.
-
-        ``tiles`` are sizes that add up to the number of rows.
-        """
+        """Multiply ``[rows, in]`` to ``[rows, out]``, tile by tile."""
         if len(tiles) == 1:
             return self._multiply(x)
         return torch.cat([self._multiply(tile) for tile in torch.split(x, list(tiles))])
 
-
-def exact_row_counts(shape: LinearShape, *, rows_max: int) -> tuple[int, ...]:
-    """Tile sizes that give a linear of this shape the same bits on this machine."""
-    return _exact_row_counts(shape, rows_max, torch.get_num_threads())
+    def exact_row_counts(self, *, rows_max: int) -> tuple[int, ...]:
+        """Tile sizes that give a linear of this shape the same bits on this machine."""
+        return _exact_row_counts(self._shape, rows_max, torch.get_num_threads())
 
 
 @cache
@@ -70,7 +83,7 @@ def _exact_row_counts(shape: LinearShape, rows_max: int, _num_threads: int) -> t
         device=shape.device,
     )
     bias = probe.weight.new_zeros(shape.out_features) if shape.has_bias else None
-    linear = Linear(probe.weight, bias)
+    linear = DenseLinear(probe.weight, bias)
     return agreeing_row_counts(lambda x: linear(x, (len(x),)), probe.rows, rows_max=rows_max)
 
 

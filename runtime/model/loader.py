@@ -7,8 +7,9 @@ nothing else in the system does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
@@ -17,9 +18,30 @@ from torch import Tensor
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.model.checkpoint import Checkpoint
 from understudy.runtime.model.config import ModelConfig
-from understudy.runtime.model.layers import Linear
+from understudy.runtime.model.layers import DenseLinear, Linear
 from understudy.runtime.model.memory import available_memory
 from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.quantization import (
+    Int4Linear,
+    Int4Weight,
+    Int8Linear,
+    Int8Weight,
+    quantize_int4,
+    quantize_int8,
+)
+from understudy.runtime.model.quantization_config import (
+    CheckpointQuantization,
+    Quantization,
+    WeightFormat,
+)
+from understudy.runtime.model.quantized_checkpoint import (
+    FLOATS,
+    StoredPart,
+    Weight,
+    join,
+    read_matrix,
+    stored_parts,
+)
 from understudy.runtime.model.transformer import LayerWeights, ModelWeights, Transformer
 
 Progress = Callable[[int, int], None]
@@ -32,11 +54,30 @@ _IGNORED_SUFFIXES: Final = (".rotary_emb.inv_freq",)
 """Old checkpoints store what we compute."""
 
 
+_INT4_BYTES: Final = 0.625
+"""Of a 4-bit weight, with its share of the scale and offset of a group of 32."""
+_KINDS: Final[Mapping[WeightFormat, Quantization | None]] = MappingProxyType(
+    {
+        "int-quantized": "int8",
+        "pack-quantized": "int4",
+        "gptq": "int4",
+        "awq": "int4",
+        "float-quantized": None,
+    }
+)
+"""What a stored form runs as; ``None`` is floating point, and may be quantised."""
+
+
 class _Part(NamedTuple):
     """A tensor of the checkpoint, and the shape that the config gives it."""
 
     name: str
     shape: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        """What the matrix belongs to, under whose name a quantised one has its parts."""
+        return self.name.removesuffix(".weight")
 
 
 def load_model(
@@ -45,9 +86,10 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     numerics: Numerics = "exact",
+    quantization: Quantization = "none",
     progress: Progress | None = None,
 ) -> Transformer:
-    """Load a model.
+    """Load a model; ``quantization`` is of matrices that the checkpoint has in floating point.
 
     Raises:
         ConfigurationError: The directory is no model, not a supported one, or damaged, or the
@@ -56,12 +98,13 @@ def load_model(
     if dtype not in {torch.float32, torch.bfloat16}:
         raise ConfigurationError(f"dtype {dtype} is not supported; supported: float32, bfloat16")
     config = ModelConfig.from_directory(directory)
+    _check_quantization(directory, config.quantization, quantization, device)
     checkpoint = Checkpoint.open(directory)
-    _check_tensors(directory, config, checkpoint)
-    bytes_total = sum(checkpoint.tensors[name].num_bytes for name in _expected_parts(config))
-    needed = _weight_bytes(config, dtype)
+    bytes_total = _check_tensors(directory, config, checkpoint)
+    needed = _weight_bytes(config, dtype, quantization)
     _check_memory(directory, needed, device)
-    reader = _Reader(checkpoint, dtype, device, _Meter(bytes_total, progress))
+    making = _Making(dtype, device, quantization, config.quantization)
+    reader = _Reader(directory, checkpoint, making, _Meter(bytes_total, progress))
     try:
         with torch.inference_mode():
             weights = _model_weights(config, reader)
@@ -101,26 +144,31 @@ class _Meter:
             self._progress(self._bytes_done, self._bytes_total)
 
 
+class _Making(NamedTuple):
+    """What the weights are to become, and what the checkpoint has made of them."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quantization: Quantization
+    stored: CheckpointQuantization | None
+
+
 class _Reader:
-    """Reads tensors of the checkpoint into weights of one dtype on one device."""
+    """Reads tensors of the checkpoint into weights on one device."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        meter: _Meter,
+        self, directory: Path, checkpoint: Checkpoint, making: _Making, meter: _Meter
     ) -> None:
+        self._directory = directory
         self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = device
+        self._making = making
         self._meter = meter
 
     def tensor(self, *parts: _Part) -> Tensor:
         """Several tensors as one, joined along their first dimension."""
         num_rows = sum(part.shape[0] for part in parts)
         tensor = torch.empty(
-            (num_rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device
+            (num_rows, *parts[0].shape[1:]), dtype=self._making.dtype, device=self._making.device
         )
         slices = torch.split(tensor, [part.shape[0] for part in parts])
         for part, into in zip(parts, slices, strict=True):
@@ -130,7 +178,52 @@ class _Reader:
 
     def linear(self, weights: list[_Part], biases: list[_Part]) -> Linear:
         """One matrix from several, with their biases if there are any."""
-        return Linear(self.tensor(*weights), self.tensor(*biases) if biases else None)
+        bias = self.tensor(*biases) if biases else None
+        try:
+            stored = self._making.stored
+            if stored is None or not stored.covers(weights[0].module):
+                return self._linear(self.tensor(*weights), bias)
+            parts = [self._matrix(stored, part) for part in weights]
+            return self._linear(join(parts), bias)
+        except ValueError as error:
+            raise ConfigurationError(f"{self._directory}: {weights[0].module}: {error}") from error
+
+    def lm_head(self, weight: Tensor | _Part) -> Linear:
+        """The output embedding; 8 bits are the least that it is quantised to.
+
+        It decides directly about each token, and in 4 bits it would cost more quality than all
+        other matrices.
+        """
+        making = self._making
+        if making.quantization == "int4":
+            making = making._replace(quantization="int8")
+        reader = _Reader(self._directory, self._checkpoint, making, self._meter)
+        if isinstance(weight, Tensor):
+            return reader._linear(weight, None)
+        return reader.linear([weight], [])
+
+    def _matrix(self, stored: CheckpointQuantization, part: _Part) -> Weight:
+        weight = read_matrix(self._checkpoint, stored, part.module, part.shape)
+        for each in stored_parts(stored, part.module, part.shape):
+            if each.name in self._checkpoint.tensors:
+                self._meter.add(self._checkpoint.tensors[each.name].num_bytes)
+        return weight
+
+    def _linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        dtype = self._making.dtype
+        if isinstance(weight, Tensor):
+            match self._making.quantization:
+                case "none":
+                    return DenseLinear(weight.to(self._making.device, dtype), bias)
+                case "int8":
+                    weight = quantize_int8(weight)
+                case "int4":
+                    weight = quantize_int4(weight)
+        match weight:
+            case Int8Weight():
+                return Int8Linear(weight, bias, dtype=dtype)
+            case Int4Weight():
+                return Int4Linear(weight, bias, dtype=dtype)
 
 
 class _LayerParts:
@@ -177,6 +270,11 @@ class _LayerParts:
         )
         self.down_bias = [_Part(f"{mlp}down_proj.bias", (hidden,))] if config.mlp_bias else []
 
+    @property
+    def matrices(self) -> tuple[list[_Part], ...]:
+        """What linears multiply with; those that become one are in one list."""
+        return (self.qkv, self.output, self.gate_up, self.down)
+
     def __iter__(self) -> Iterator[_Part]:
         yield from (self.attention_norm, self.mlp_norm)
         yield from (*self.qkv, *self.qkv_bias, *self.qk_norm, *self.output, *self.output_bias)
@@ -200,8 +298,8 @@ def _model_weights(config: ModelConfig, reader: _Reader) -> ModelWeights:
     )
     norm = reader.tensor(norm_part)
     if config.tie_word_embeddings:
-        return ModelWeights(embedding, layers, norm, Linear(embedding, None))
-    return ModelWeights(embedding, layers, norm, reader.linear([head_part], []))
+        return ModelWeights(embedding, layers, norm, reader.lm_head(embedding))
+    return ModelWeights(embedding, layers, norm, reader.lm_head(head_part))
 
 
 def _layer_weights(config: ModelConfig, parts: _LayerParts, reader: _Reader) -> LayerWeights:
@@ -225,25 +323,74 @@ def _layer_weights(config: ModelConfig, parts: _LayerParts, reader: _Reader) -> 
     )
 
 
-def _expected_parts(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    parts = dict(_outer_parts(config))
+def _matrices(config: ModelConfig) -> Iterator[list[_Part]]:
+    """All that linears multiply with, but a tied output embedding."""
     for index in range(config.num_layers):
-        parts.update(_LayerParts(config, index))
-    return parts
+        yield from _LayerParts(config, index).matrices
+    if not config.tie_word_embeddings:
+        yield [_outer_parts(config)[2]]
 
 
-def _check_tensors(directory: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Compare the names and shapes that are there with those that the config asks for."""
-    expected = _expected_parts(config)
+def _all_parts(config: ModelConfig) -> Iterator[_Part]:
+    yield from dict.fromkeys(_outer_parts(config))
+    for index in range(config.num_layers):
+        yield from _LayerParts(config, index)
+
+
+def _expected_parts(config: ModelConfig) -> Iterator[StoredPart]:
+    """What the checkpoint must or may have; raise ConfigurationError if it cannot be quantised."""
+    stored = config.quantization
+    quantized: set[str] = set()
+    problems = []
+    for parts in _matrices(config) if stored is not None else ():
+        assert stored is not None
+        covered = [part for part in parts if stored.covers(part.module)]
+        if covered and covered != parts:
+            names = ", ".join(part.module for part in parts)
+            problems.append(f"quantization_config: all or none of {names} must be quantised")
+        for part in covered:
+            quantized.add(part.name)
+            try:
+                yield from stored_parts(stored, part.module, part.shape)
+            except ValueError as error:
+                problems.append(f"quantization_config: {part.module}: {error}")
+    if problems:
+        raise ConfigurationError(*_first_lines(problems, "quantization_config"))
+    for part in _all_parts(config):
+        if part.name not in quantized:
+            yield StoredPart(part.name, (part.shape,), FLOATS)
+
+
+def _check_tensors(directory: Path, config: ModelConfig, checkpoint: Checkpoint) -> int:
+    """Compare the tensors that are there with those that the config asks for.
+
+    Returns the bytes of all that will be read.
+    """
+    try:
+        expected = {part.name: part for part in _expected_parts(config)}
+    except ConfigurationError as error:
+        raise ConfigurationError(*(f"{directory}: {line}" for line in error.problems)) from error
     found = checkpoint.tensors
-    missing = [f"{directory}: tensor {name} is missing" for name in expected if name not in found]
+    missing = [
+        f"{directory}: tensor {part.name} is missing"
+        for part in expected.values()
+        if part.is_required and part.name not in found
+    ]
+    there = [(part, found[part.name]) for part in expected.values() if part.name in found]
     wrong = [
-        f"{found[name].path}: {name} has shape {list(found[name].shape)}, "
-        f"config.json asks for {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        f"{stored.path}: {part.name} has shape {list(stored.shape)}, "
+        f"config.json asks for {list(part.shapes[0])}"
+        for part, stored in there
+        if stored.shape not in part.shapes
+    ]
+    wrong += [
+        f"{stored.path}: {part.name} is of {stored.dtype}, config.json asks for "
+        + " or ".join(map(str, part.dtypes))
+        for part, stored in there
+        if stored.dtype not in part.dtypes
     ]
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    ignored |= _zero_biases(config, checkpoint, expected.keys())
     unexpected = [
         f"{stored.path}: unexpected tensor {name}"
         for name, stored in found.items()
@@ -254,20 +401,60 @@ def _check_tensors(directory: Path, config: ModelConfig, checkpoint: Checkpoint)
     ]
     if problems:
         raise ConfigurationError(*problems)
+    return sum(stored.num_bytes for _, stored in there)
 
 
-def _first_lines(problems: list[str], directory: Path) -> list[str]:
+def _zero_biases(
+    config: ModelConfig, checkpoint: Checkpoint, expected: Collection[str]
+) -> set[str]:
+    """Biases that GPTQ's tools write for linears that have none; they are zero, and are checked."""
+    if config.quantization is None or config.quantization.format != "gptq":
+        return set()
+    names = (f"{part.module}.bias" for parts in _matrices(config) for part in parts)
+    extra = [name for name in names if name in checkpoint.tensors and name not in expected]
+    return {name for name in extra if not bool(checkpoint.stored(name).any())}
+
+
+def _check_quantization(
+    directory: Path,
+    stored: CheckpointQuantization | None,
+    quantization: Quantization,
+    device: torch.device,
+) -> None:
+    """Refuse what cannot be: quantising twice, or on a device that has no kernels for it."""
+    is_integer = stored is not None and stored.format != "float-quantized"
+    if quantization != "none" and stored is not None and is_integer:
+        raise ConfigurationError(
+            f"{directory}: --quantization {quantization}: the checkpoint is quantised already"
+            f" ({stored.format}); leave the setting out"
+        )
+    if (quantization != "none" or is_integer) and device.type != "cpu":
+        raise ConfigurationError(
+            f"{directory}: quantised weights run on the CPU only; set --device cpu"
+        )
+
+
+def _first_lines(problems: list[str], place: object) -> list[str]:
     rest = len(problems) - _PROBLEMS_MAX
     shown = problems[:_PROBLEMS_MAX]
-    return [*shown, f"{directory}: {rest} more like the last one"] if rest > 0 else shown
+    return [*shown, f"{place}: {rest} more like the last one"] if rest > 0 else shown
 
 
-def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def _weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantization) -> int:
     """Bytes that the loaded weights take; a tied output embedding is laid out a second time."""
-    sizes = [torch.Size(shape).numel() for shape in _expected_parts(config).values()]
-    if config.tie_word_embeddings:
-        sizes.append(config.vocab_size * config.hidden_size)
-    return sum(sizes) * dtype.itemsize
+    matrices = {part for parts in _matrices(config) for part in parts}
+    head = _outer_parts(config)[2]
+    others = [part for part in _all_parts(config) if part not in matrices]
+    num_bytes = sum(torch.Size(part.shape).numel() for part in others) * dtype.itemsize
+    for part in {*matrices, head}:
+        stored = config.quantization
+        if stored is not None and stored.covers(part.module) and part in matrices:
+            kind = _KINDS[stored.format] or quantization
+        else:
+            kind = "int8" if part == head and quantization == "int4" else quantization
+        size = torch.Size(part.shape).numel()
+        num_bytes += int(size * {"none": dtype.itemsize, "int8": 1, "int4": _INT4_BYTES}[kind])
+    return num_bytes
 
 
 def _check_memory(directory: Path, needed: int, device: torch.device) -> None:
@@ -283,5 +470,5 @@ def _out_of_memory(
     there_is = "" if available is None else f", {available // _MIB} MiB are available"
     return ConfigurationError(
         f"{directory}: out of memory on {device.type}: the weights need {needed // _MIB} MiB"
-        f"{there_is}; set --dtype bfloat16 or choose a smaller model"
+        f"{there_is}; set --dtype bfloat16 or --quantization int8, or choose a smaller model"
     )

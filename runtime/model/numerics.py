@@ -49,7 +49,7 @@ class Probe(NamedTuple):
 class RowTiles:
     """Cuts a batch of rows into tiles whose sizes all give the same bits.
 
-    ``sizes=None`` is fast numerics: one tile of whatever size.
+    ``sizes=None`` is one tile of whatever size: fast numerics, or products that are exact so.
     """
 
     def __init__(self, sizes: Sequence[int] | None) -> None:

@@ -25,7 +25,6 @@ from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import KVCache, LayerCache
 from understudy.runtime.model.layers import (
     Linear,
-    exact_row_counts,
     rms_norm,
     silu_and_multiply,
 )
@@ -147,7 +146,6 @@ def _row_tiles(linears: list[Linear], numerics: Numerics, *, rows_max: int) -> R
     """Tile sizes that all of these may be called with."""
     if numerics == "fast":
         return RowTiles(None)
-    shapes = {linear.shape for linear in linears}
-    return RowTiles(
-        common_row_counts(exact_row_counts(shape, rows_max=rows_max) for shape in shapes)
-    )
+    counts = [linear.exact_row_counts(rows_max=rows_max) for linear in linears]
+    restricting = [each for each in counts if each is not None]
+    return RowTiles(common_row_counts(restricting) if restricting else None)

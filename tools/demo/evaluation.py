@@ -28,7 +28,7 @@ def held_out_loss(network: Network, tokenizer: Tokenizer, texts: Sequence[str]) 
     """The mean loss of `network` over `texts`, each cut into windows of the context length."""
     nats = 0.0
     tokens = 0
-    for batch in _windows(network, tokenizer, texts):
+    for batch in windows(tokenizer, texts, length=network.shape.context_length):
         with torch.no_grad():
             nats += next_token_loss(network(batch.inputs), batch).item() * batch.targets.numel()
         tokens += batch.targets.numel()
@@ -43,7 +43,7 @@ def agreement(model: Network, draft: Network, tokenizer: Tokenizer, texts: Seque
     """The share of positions in `texts` where both networks find the same token likeliest."""
     equal = 0
     tokens = 0
-    for batch in _windows(model, tokenizer, texts):
+    for batch in windows(tokenizer, texts, length=model.shape.context_length):
         with torch.no_grad():
             same: Tensor = model(batch.inputs).argmax(-1) == draft(batch.inputs).argmax(-1)
         equal += int(same.sum())
@@ -75,9 +75,8 @@ def completion(
     return tokenizer.decode(tokens[length:])
 
 
-def _windows(network: Network, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Batch]:
+def windows(tokenizer: Tokenizer, texts: Sequence[str], *, length: int) -> Iterator[Batch]:
     """Every token of `texts` once as a target; a document begins after an end of text."""
-    length = network.shape.context_length
     for encoding in tokenizer.encode_batch(list(texts)):
         stream = torch.tensor([[END_OF_TEXT_ID, *encoding.ids, END_OF_TEXT_ID]])
         for start in range(0, stream.shape[1] - 1, length):

@@ -78,7 +78,7 @@ def test_bytes_beyond_the_header_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dtype": "I64"}, "dtype (one of F32, F16, BF16)"),
+        ({"dtype": "C64"}, "dtype (one of F32, F16, BF16, F8_E4M3, I8, I32, I64)"),
         ({"dtype": ["F32"]}, "dtype (one of"),
         ({"shape": [2, 4]}, "24 bytes for shape [2, 4], must be 32"),
         ({"shape": [-2, -3]}, "integers from 0"),

@@ -186,7 +186,10 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ({"hidden_size": 66}, "no multiple of num_attention_heads"),
         ({"head_dim": 15}, "head_dim must be even"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "'bitsandbytes' is not supported",
+        ),
         ({"use_sliding_window": True}, "sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from understudy.runtime.model.layers import Linear, exact_row_counts, rms_norm, silu_and_multiply
+from understudy.runtime.model.layers import DenseLinear, rms_norm, silu_and_multiply
 from understudy.runtime.model.numerics import ROWS_BASE
 
 SMALL = (48, 80)
@@ -27,7 +27,7 @@ def test_a_linear_multiplies_and_adds(
     expected = x.double() @ weight.double().T
     if bias is not None:
         expected += bias.double()
-    linear = Linear(weight, bias)
+    linear = DenseLinear(weight, bias)
     tolerance = 1e-3 if dtype == torch.float32 else 0.2
     for tiles in ((7,), (4, 2, 1)):
         result = linear(x, tiles)
@@ -44,8 +44,8 @@ def test_tile_sizes_that_are_called_exact_give_equal_bits(
     shape: tuple[int, int], dtype: torch.dtype, has_bias: bool
 ) -> None:
     bias = torch.randn(shape[0]).to(dtype) if has_bias else None
-    linear = Linear(torch.randn(*shape).to(dtype), bias)
-    counts = exact_row_counts(linear.shape, rows_max=64)
+    linear = DenseLinear(torch.randn(*shape).to(dtype), bias)
+    counts = linear.exact_row_counts(rows_max=64)
     assert ROWS_BASE in counts
     x = torch.randn(192, shape[1]).to(dtype)
     expected = linear(x, (ROWS_BASE,) * 6)

@@ -92,7 +92,7 @@ def test_too_little_memory_says_what_is_needed_there_and_to_set(
     monkeypatch.setattr(loader, "available_memory", lambda: 100_000)
     (problem,) = problems(tmp_path)
     assert "out of memory on cpu: the weights need" in problem
-    assert "available; set --dtype bfloat16 or choose a smaller model" in problem
+    assert "available; set --dtype bfloat16 or --quantization int8, or choose a smaller" in problem
 
 
 def test_an_allocation_that_fails_says_the_same(

@@ -1,0 +1,52 @@
+"""What an engine process loads, from the settings that an operator gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from understudy.actors.loading import Loaded, load_runner
+from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.config import EngineConfig, engine_config
+from understudy.runtime.kit.clock import VirtualClock
+from understudy.runtime.settings import Defaults, resolve
+from understudy.tools.demo.paths import demo_model_directory
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def configured(**flags: str) -> EngineConfig:
+    common = {"config": "/dev/null", "threads": "1", "device": "cpu", "dtype": "float32"}
+    defaults = Defaults(model=demo_model_directory(), run_dir=Path("/run/understudy"))
+    settings = resolve(flags=common | flags, environ={}, defaults=defaults)
+    return engine_config(settings, name="engine-0")
+
+
+def load(**flags: str) -> Loaded:
+    return load_runner(configured(kv_cache_memory="16MiB", **flags), VirtualClock())
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_an_engine_with_quantised_weights_proves_its_numerics_and_names_them(
+    quantization: str,
+) -> None:
+    loaded = load(quantization=quantization, max_model_len="256")
+    assert f"/exact/float32+{quantization}/cpu/" in loaded.numerics
+    assert loaded.max_model_len == 256
+
+
+def test_weights_stay_as_they_are_unless_something_is_said() -> None:
+    assert "/exact/float32/cpu/" in load(max_model_len="256").numerics
+
+
+def test_another_word_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="expected one of none, int8, int4"):
+        configured(quantization="int2")

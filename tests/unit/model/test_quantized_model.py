@@ -1,0 +1,116 @@
+"""Models that are quantised at load: exact in any batch, proved at start, named in their class."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.unit.model.conftest import CPU
+from tests.unit.model.test_exactness import NUM_SEQUENCES, Run, assert_equals_oracle
+from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.model import loader
+from understudy.runtime.model.exactness import numerics_class, prove_exactness
+from understudy.runtime.model.loader import load_model
+from understudy.runtime.model.quantization_config import Quantization
+from understudy.runtime.model.transformer import Transformer
+from understudy.tools.demo.paths import demo_model_directory
+
+FORMS: list[Quantization] = ["int8", "int4"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@cache
+def bundled(quantization: Quantization, dtype: torch.dtype) -> Transformer:
+    return load_model(demo_model_directory(), dtype=dtype, device=CPU, quantization=quantization)
+
+
+@pytest.mark.parametrize("quantization", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_by_token_gives_the_bits_of_the_whole(
+    quantization: Quantization, dtype: torch.dtype
+) -> None:
+    run = Run(bundled(quantization, dtype))
+    run.add(0, 40)
+    for _ in range(40):
+        run.step([(0, 1)])
+    assert_equals_oracle(run)
+
+
+@pytest.mark.parametrize("quantization", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_any_chunks_in_any_batch_give_the_bits_of_the_whole(
+    quantization: Quantization, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    run = Run(bundled(quantization, dtype))
+    for index in range(data.draw(st.integers(1, NUM_SEQUENCES), label="sequences")):
+        length = data.draw(st.integers(1, 130) | st.integers(500, 600), label="length")
+        run.add(index, length, seed=index)
+    share = st.integers(1, 5) | st.integers(1, 64) | st.integers(200, 600)
+    while run.unfinished:
+        order = data.draw(st.permutations(run.unfinished), label="order")
+        run.step([(index, data.draw(share, label="share")) for index in order])
+    assert_equals_oracle(run)
+
+
+@pytest.mark.parametrize("quantization", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_engine_proves_it_at_start(quantization: Quantization, dtype: torch.dtype) -> None:
+    model = bundled(quantization, dtype)
+    assert model.tiles.sizes is None
+    prove_exactness(model, block_size=16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_int8(tmp_path: Path, family: str) -> None:
+    directory = write_checkpoint(tmp_path, FAMILIES[family])
+    model = load_model(directory, dtype=torch.float32, device=CPU, quantization="int8")
+    prove_exactness(model, block_size=16)
+
+
+def test_widths_that_no_group_divides_are_refused_in_one_line(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, FAMILIES["qwen2"])
+    with pytest.raises(ConfigurationError) as caught:
+        load_model(directory, dtype=torch.float32, device=CPU, quantization="int4")
+    (problem,) = caught.value.problems
+    module = "model.layers.0.self_attn.q_proj"
+    assert problem == f"{directory}: {module}: int4 needs inputs in multiples of 32, got 60"
+
+
+def test_the_class_of_numerics_names_the_quantisation() -> None:
+    def named(quantization: Quantization) -> str:
+        return numerics_class(
+            demo_model_directory(),
+            dtype=torch.float32,
+            device=CPU,
+            numerics="exact",
+            quantization=quantization,
+        )
+
+    assert "/exact/float32+int8/cpu/" in named("int8")
+    assert len({named("none"), named("int8"), named("int4")}) == 3
+
+
+def test_quantised_weights_need_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of 3.8 million parameters: 19 MB in float32 with the tied output embedding, 8 MB in int8.
+    monkeypatch.setattr(loader, "available_memory", lambda: 12_000_000)
+    with pytest.raises(ConfigurationError, match="out of memory"):
+        load_model(demo_model_directory(), dtype=torch.float32, device=CPU)
+    load_model(demo_model_directory(), dtype=torch.float32, device=CPU, quantization="int8")
+
+
+def test_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="run on the CPU only; set --device cpu"):
+        load_model(
+            demo_model_directory(),
+            dtype=torch.float32,
+            device=torch.device("cuda"),
+            quantization="int8",
+        )
