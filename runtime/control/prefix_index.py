@@ -65,7 +65,3 @@ class PrefixIndex:
     def forget(self, engine: str) -> None:
         """An engine is gone, and its cache with it."""
         self._engines.pop(engine, None)
-
-    def clear(self) -> None:
-        """No engine has anything any more."""
-        self._engines.clear()
