@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
 from typing import Final, NamedTuple, Protocol
 
 from understudy.protocol.messages import (
@@ -30,8 +32,9 @@ from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.membership import Membership, MembershipChange
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.scheduling.decision import OutOfMemory, Runner, StepPlan
-from understudy.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
+from understudy.runtime.scheduling.scheduler import NO_DRAFTS, Scheduler, SchedulerConfig
 from understudy.runtime.scheduling.sequence import Sequence
+from understudy.runtime.scheduling.speculation import Speculator
 
 ABANDONED_AFTER_S: Final = 60.0
 """Without a supervisor for so long, the engine drops what it holds: nobody will ask for it."""
@@ -109,12 +112,14 @@ class Engine:
         scheduler_config: SchedulerConfig,
         num_blocks: int,
         enable_prefix_caching: bool = True,
+        speculator: Speculator | None = None,
         runner: Runner,
         card: StepCard,
         clock: Clock,
     ) -> None:
         self.outbox = Outbox()
         self._runner = runner
+        self._speculator = speculator
         self._card = card
         self._clock = clock
         self._step = 0
@@ -161,7 +166,9 @@ class Engine:
         self._change(self._membership.decide(now), now)
         if self._alone_since is not None and now >= self._alone_since + ABANDONED_AFTER_S:
             self._drop_all()
-        plan = self._scheduler.schedule() if now >= self._pause_until else None
+        if now < self._pause_until:
+            return
+        plan = self._scheduler.schedule(self._drafts())
         if plan is not None:
             self._report(self._run(plan))
 
@@ -175,6 +182,10 @@ class Engine:
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             num_shed=self._num_shed,
+            num_draft_tokens=0 if self._speculator is None else self._speculator.num_draft_tokens,
+            num_accepted_tokens=(
+                0 if self._speculator is None else self._speculator.num_accepted_tokens
+            ),
         )
 
     def check_integrity(self) -> None:
@@ -182,12 +193,28 @@ class Engine:
         self._scheduler.check_integrity()
         assert all(not output.finish for output in self._outputs.values())
 
+    def _drafts(self) -> Mapping[int, Rows[int]]:
+        """Guesses behind the running sequences."""
+        running = self._scheduler.running
+        if self._speculator is None or not running:
+            return NO_DRAFTS
+        self._enter("draft")
+        self._card.enter([sequence.request_id for sequence in running])
+        drafts = self._speculator.propose(running)
+        self._card.leave()
+        self._enter("idle")
+        return drafts
+
     def _run(self, plan: StepPlan) -> list[TokenRow]:
         """Carry out a step."""
         self._enter("step")
         self._card.enter([scheduled.sequence.request_id for scheduled in plan.scheduled])
+        begun_at = self._clock.now()
         try:
-            rows = self._scheduler.update(plan, self._runner.execute(plan))
+            draws = self._runner.execute(plan)
+            if self._speculator is not None:
+                self._speculator.note(plan, draws, self._clock.now() - begun_at)
+            rows = self._scheduler.update(plan, draws)
         except OutOfMemory:
             self._scheduler.shed(plan)
             self._num_shed += 1

@@ -11,6 +11,7 @@ from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.scheduling.decision import Runner
+from understudy.runtime.scheduling.speculation import Speculator
 
 HOST_MEMORY_SHARE: Final = 0.5
 """Of the memory that is available, what all engines of a machine together give to KV caches."""
@@ -26,6 +27,7 @@ class Loaded(NamedTuple):
     num_blocks: int
     numerics: str
     """The class of the numerics: runners of one class make the same bits."""
+    speculator: Speculator | None = None
 
 
 def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
@@ -43,7 +45,7 @@ def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
         )
     if config.engine == "echo":
         return _load_echo(config, model_config, max_model_len, clock)
-    return _load_model(config, max_model_len)
+    return _load_model(config, max_model_len, clock)
 
 
 def _load_echo(
@@ -61,10 +63,11 @@ def _load_echo(
     return Loaded(runner, max_model_len, config.max_num_seqs * blocks_each, "echo")
 
 
-def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
+def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loaded:
     # Here and not above: torch takes a second to import, and only an engine with a model needs it.
     import torch
 
+    from understudy.actors.speculation import load_speculator
     from understudy.runtime.model.exactness import numerics_class, prove_exactness
     from understudy.runtime.model.kv_cache import blocks_that_fit
     from understudy.runtime.model.loader import default_dtype, load_model
@@ -122,7 +125,8 @@ def _load_model(config: EngineConfig, max_model_len: int) -> Loaded:
         numerics=config.numerics,
         quantization=config.quantization,
     )
-    return Loaded(runner, max_model_len, size.num_blocks, numerics)
+    speculator = load_speculator(config, model, runner, clock)
+    return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
 
 
 def _quantization_shown(config: EngineConfig, model_config: ModelConfig) -> str:

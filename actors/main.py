@@ -200,6 +200,7 @@ def _make_engine(config: EngineConfig, identity: str, clock: MonotonicClock) -> 
         scheduler_config=scheduler_config,
         num_blocks=loaded.num_blocks,
         enable_prefix_caching=config.enable_prefix_caching,
+        speculator=loaded.speculator,
         runner=loaded.runner,
         card=FileStepCard(card_path(config.run_dir, config.name), identity),
         clock=clock,

@@ -426,6 +426,8 @@ class Supervisor:
             beat_age_s=now - member.heard_at,
             numerics=member.numerics,
             num_shed=0 if beat is None else beat.num_shed,
+            num_draft_tokens=0 if beat is None else beat.num_draft_tokens,
+            num_accepted_tokens=0 if beat is None else beat.num_accepted_tokens,
         )
 
     def _gateway_status(self, member: Member, now: float) -> GatewayStatus:

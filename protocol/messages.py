@@ -102,6 +102,9 @@ class EngineStatus(NamedTuple):
     """The class of its numerics."""
     num_shed: int = 0
     """Steps that did not fit its memory, and were planned anew."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of the drafted tokens."""
 
 
 class GatewayStatus(NamedTuple):
@@ -182,6 +185,10 @@ class Heartbeat:
     waiting: int
     num_shed: int = 0
     """Steps that did not fit the device's memory, and were planned anew."""
+    num_draft_tokens: int = 0
+    """Tokens that were guessed, and checked."""
+    num_accepted_tokens: int = 0
+    """Those of them that came true."""
 
 
 @message(6, datagram=True)

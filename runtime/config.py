@@ -70,6 +70,8 @@ class EngineConfig:
     """The longest prompt and answer together; ``None``: as long as the model can."""
     block_size: int
     enable_prefix_caching: bool
+    speculative_config: str | None
+    """JSON; ``None``: no speculation."""
     kv_cache_memory: int | None
     """Bytes; ``None``: chosen from what the device has."""
     data_parallel_size: int

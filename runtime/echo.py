@@ -13,7 +13,8 @@ from typing import Final
 
 from understudy.protocol.request import SEED_MASK, SamplingParams, TokenLogprobs
 from understudy.runtime.kit.clock import Clock
-from understudy.runtime.scheduling.decision import SampledToken, StepPlan
+from understudy.runtime.scheduling.decision import Draws, SampledToken, StepPlan
+from understudy.runtime.scheduling.sequence import Sequence
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 
@@ -34,12 +35,12 @@ class EchoRunner:
         self._logprob = -math.log(len(self._tokens))
         self._step_s = step_s
 
-    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+    def execute(self, plan: StepPlan) -> Draws:
         """Draw a token for each sequence that samples, and let the step's time pass."""
         drawn = {
-            sequence.request_id: self._draw(sequence.params, sequence.num_output_tokens)
-            for sequence, num_tokens in plan.scheduled
-            if sequence.num_computed_tokens + num_tokens == sequence.num_tokens
+            sequence.request_id: self._draw_along(sequence, draft)
+            for sequence, num_tokens, draft in plan.scheduled
+            if sequence.num_computed_tokens + num_tokens - len(draft) == sequence.num_tokens
         }
         if self._step_s:
             # Steps end at whole multiples of step_s on the clock: the rate holds whatever the work
@@ -49,6 +50,15 @@ class EchoRunner:
             steps = math.floor(now / self._step_s + 1e-3) + 1
             self._clock.sleep(steps * self._step_s - now)
         return drawn
+
+    def _draw_along(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[SampledToken, ...]:
+        position = sequence.num_output_tokens
+        drawn = [self._draw(sequence.params, position)]
+        for guess in draft:
+            if guess != drawn[-1].token_id:
+                break
+            drawn.append(self._draw(sequence.params, position + len(drawn)))
+        return tuple(drawn)
 
     def _draw(self, params: SamplingParams, position: int) -> SampledToken:
         index = splitmix64(params.seed + position * _GOLDEN) % len(self._tokens)

@@ -13,6 +13,7 @@ reported together, so that an operator mends a configuration once.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.speculative_config import parse_speculative_config
 
 ENVIRONMENT_PREFIX: Final = "UNDERSTUDY_"
 SYSTEM_CONFIG: Final = Path("/etc/understudy/config.toml")
@@ -188,6 +190,13 @@ def switch(value: Any) -> bool:
     return word == "true"
 
 
+def speculation(value: Any) -> str:
+    """JSON, as ``parse_speculative_config`` reads it."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    parse_speculative_config(text)
+    return text
+
+
 _MODEL: Final = "model"
 _CLUSTER: Final = "cluster"
 _MEMORY: Final = "batch and memory"
@@ -214,6 +223,13 @@ _ALL: Final = (
     Setting("max_num_batched_tokens", integer(1, 1 << 20), 2048, "tokens in one step", "N"),
     Setting("block_size", integer(1, 1024), 16, "tokens in one KV block", "N"),
     Setting("enable_prefix_caching", switch, True, "share computed prefixes; true or false", "B"),
+    Setting(
+        "speculative_config",
+        speculation,
+        None,
+        'as {"method": "ngram"}, or with "model": a draft model',
+        "JSON",
+    ),
     Setting("dtype", choice("auto", "float32", "bfloat16"), "auto", "format of weights", "TYPE"),
     Setting(
         "quantization",

@@ -12,6 +12,7 @@ from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from understudy.runtime.scheduling.sequence import Sequence
+from understudy.runtime.scheduling.speculation import Speculator
 
 
 @dataclass
@@ -47,6 +48,7 @@ def serve(
     block_size: int = 8,
     enable_prefix_caching: bool = True,
     at_once: bool = True,
+    speculator: Speculator | None = None,
 ) -> Service:
     """Serve requests to their ends, all of them there from the start, or one after another."""
     config = SchedulerConfig(
@@ -69,10 +71,14 @@ def serve(
             request = waiting.popleft()
             service.served[request.request_id] = Served()
             scheduler.add(Sequence(request, attempt=0))
-        plan = scheduler.schedule()
+        drafts = {} if speculator is None else speculator.propose(scheduler.running)
+        plan = scheduler.schedule(drafts)
         assert plan is not None
         service.num_preemptions += len(plan.preempted)
-        for row in scheduler.update(plan, runner.execute(plan)):
+        draws = runner.execute(plan)
+        if speculator is not None:
+            speculator.note(plan, draws, 0.01)
+        for row in scheduler.update(plan, draws):
             served = service.served[row.request_id]
             assert served.finish is None
             assert row.position == len(served.tokens)

@@ -49,6 +49,13 @@ class _Prefix(NamedTuple):
     tail: Tail | None
 
 
+class _Offered(NamedTuple):
+    """A sequence of which the planned step offers more blocks to others than before."""
+
+    sequence: Sequence
+    num_blocks: int
+
+
 class KVCacheManager:
     """Gives blocks to sequences and takes them back."""
 
@@ -63,6 +70,7 @@ class KVCacheManager:
         self._pending: dict[int, None] = {}
         """Blocks that may not hold before the step under way has ended what they should."""
         self._copies: list[BlockCopy] = []
+        self._offered: list[_Offered] = []
 
     @property
     def num_blocks(self) -> int:
@@ -115,6 +123,7 @@ class KVCacheManager:
             self._copies.append(BlockCopy(tail.block, new[0]))
         sequence.block_table = blocks + new
         sequence.num_computed_tokens = num_computed
+        sequence.num_offered_blocks = len(blocks)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(num_computed, sequence.num_prompt_tokens)
         return True
@@ -138,10 +147,12 @@ class KVCacheManager:
         """A step will compute this many more tokens: others may share the blocks that it fills."""
         if not self._enable_prefix_caching:
             return
-        num_full_before = sequence.num_computed_tokens // self.block_size
+        num_full_before = sequence.num_offered_blocks
         num_full = (sequence.num_computed_tokens + num_tokens) // self.block_size
         if num_full == num_full_before:
             return
+        self._offered.append(_Offered(sequence, num_full_before))
+        sequence.num_offered_blocks = num_full
         self._extend_keys(sequence, num_full)
         keys, size = sequence.block_keys, self.block_size
         for index in range(num_full_before, num_full):
@@ -159,6 +170,7 @@ class KVCacheManager:
     def settle(self) -> None:
         """The planned step was carried out."""
         self._pending.clear()
+        self._offered.clear()
 
     def withdraw(self) -> None:
         """The planned step is not carried out: the blocks that it should have filled are not full.
@@ -170,6 +182,9 @@ class KVCacheManager:
                 self._forget(block)
         self._pending.clear()
         self._copies.clear()
+        for sequence, num_blocks in self._offered:
+            sequence.num_offered_blocks = num_blocks
+        self._offered.clear()
 
     def free(self, sequence: Sequence) -> None:
         """Take back all of the sequence's blocks; its table is empty afterwards."""

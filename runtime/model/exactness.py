@@ -103,7 +103,7 @@ class _Bench:
             if share
         ]
         rows = self._runner.hidden_states(StepPlan(0, tuple(scheduled)))
-        for sequence, share in scheduled:
+        for sequence, share, _ in scheduled:
             self._states[sequence.request_id].append(rows[:share])
             rows = rows[share:]
             sequence.num_computed_tokens += share

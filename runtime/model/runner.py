@@ -21,6 +21,7 @@ from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.sampler import Sampler, SamplingRow
 from understudy.runtime.model.transformer import Batch, Transformer
 from understudy.runtime.scheduling.decision import (
+    Draws,
     EngineFault,
     OutOfMemory,
     SampledToken,
@@ -48,8 +49,8 @@ class ModelRunner:
         """The tensors that hold every computed token's keys and values."""
         return self._cache
 
-    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
-        """Compute the plan's tokens; the draws, by request id, of each that ``samples``."""
+    def execute(self, plan: StepPlan) -> Draws:
+        """Compute the plan's tokens; the draws of each sequence that ``samples``."""
         if not plan.scheduled:
             return {}
         try:
@@ -63,7 +64,7 @@ class ModelRunner:
                 raise OutOfMemory(str(error)) from error
             raise
 
-    def _execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+    def _execute(self, plan: StepPlan) -> Draws:
         logits = self.logits(plan)
         if logits is None:
             return {}
@@ -71,17 +72,19 @@ class ModelRunner:
         is_finite = logits.amax(dim=1).isfinite().tolist()
         if len(is_finite) > 1 and not any(is_finite):
             raise EngineFault(f"no logits of {len(is_finite)} sequences are finite")
-        sampled = [s.sequence for s in plan.scheduled if s.samples]
-        rows = [
-            SamplingRow(sequence.params, sequence.token_ids, sequence.num_prompt_tokens)
-            for sequence in sampled
-        ]
+        sampled = [scheduled for scheduled in plan.scheduled if scheduled.samples]
+        rows = [row for scheduled in sampled for row in _sampling_rows(scheduled)]
         tokens = self._sampler.sample(logits, rows)
-        return {
-            sequence.request_id: token
-            for sequence, token, is_sound in zip(sampled, tokens, is_finite, strict=True)
-            if is_sound
-        }
+        draws: dict[int, tuple[SampledToken, ...]] = {}
+        first = 0
+        for sequence, _, draft in sampled:
+            last = first
+            while last - first < len(draft) and tokens[last].token_id == draft[last - first]:
+                last += 1
+            if all(is_finite[first : last + 1]):
+                draws[sequence.request_id] = tuple(tokens[first : last + 1])
+            first += len(draft) + 1
+        return draws
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens; ``[plan.num_tokens, hidden_size]``, in plan order."""
@@ -90,14 +93,17 @@ class ModelRunner:
         return self._model.forward(batch, self._cache)[: len(batch.slots)]
 
     def logits(self, plan: StepPlan) -> Tensor | None:
-        """Compute the plan's tokens; raw logits, a row for each that ``samples``, in plan order."""
+        """Compute the plan's tokens; raw logits, in plan order.
+
+        There is a row for each sequence that ``samples``, and one for each drafted token.
+        """
         hidden = self.hidden_states(plan)
         last_rows: list[int] = []
         num_rows = 0
         for scheduled in plan.scheduled:
             num_rows += scheduled.num_tokens
             if scheduled.samples:
-                last_rows.append(num_rows - 1)
+                last_rows += range(num_rows - 1 - len(scheduled.draft), num_rows)
         if not last_rows:
             return None
         index = torch.tensor(last_rows, device=self._model.device)
@@ -112,10 +118,10 @@ class ModelRunner:
         positions = np.zeros(num_rows, dtype=np.int64)
         slots = np.empty(num_tokens, dtype=np.int64)
         block_size = self._cache.block_size
-        for span, (sequence, _) in zip(spans, scheduled, strict=True):
+        for span, (sequence, _, draft) in zip(spans, scheduled, strict=True):
             rows = slice(span.start, span.start + span.num_tokens)
             stop = span.position + span.num_tokens
-            token_ids[rows] = sequence.token_ids[span.position : stop]
+            token_ids[rows] = [*sequence.token_ids[span.position : stop - len(draft)], *draft]
             positions[rows] = np.arange(span.position, stop)
             table = np.asarray(span.block_table, dtype=np.int64)
             slots[rows] = table[positions[rows] // block_size] * block_size
@@ -135,10 +141,21 @@ class ModelRunner:
         )
 
 
+def _sampling_rows(scheduled: ScheduledSequence) -> list[SamplingRow]:
+    """What the sampler must know to draw at the end of a sequence, and at the end of its draft."""
+    sequence = scheduled.sequence
+    params, num_prompt_tokens = sequence.params, sequence.num_prompt_tokens
+    rows = [SamplingRow(params, sequence.token_ids, num_prompt_tokens)]
+    for length in range(1, len(scheduled.draft) + 1):
+        token_ids = [*sequence.token_ids, *scheduled.draft[:length]]
+        rows.append(SamplingRow(params, token_ids, num_prompt_tokens))
+    return rows
+
+
 def _spans(scheduled: tuple[ScheduledSequence, ...]) -> list[Span]:
     spans: list[Span] = []
     start = 0
-    for sequence, num_tokens in scheduled:
+    for sequence, num_tokens, _ in scheduled:
         position = sequence.num_computed_tokens
         spans.append(Span(start, num_tokens, position, sequence.block_table))
         start += num_tokens

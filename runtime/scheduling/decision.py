@@ -6,7 +6,8 @@ of queues.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, TypeAlias
 
 from understudy.protocol.request import TokenLogprobs
 from understudy.runtime.kvcache.kv_cache_manager import BlockCopy
@@ -22,18 +23,21 @@ class ScheduledSequence(NamedTuple):
                     ╰── computed ──╯╰─ now ─╯
                     0              5        8         num_computed_tokens = 5, num_tokens = 3
 
-    The blocks for them are in the sequence's table already. Valid until the scheduler's
-    ``update`` for this step moves ``num_computed_tokens`` on.
+    With a draft, the last of them are guesses behind ``token_ids``. The blocks for all are in the
+    sequence's table already. Valid until the scheduler's ``update`` for this step moves
+    ``num_computed_tokens`` on.
     """
 
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether this step reaches the sequence's last token, so that the next one is drawn."""
         sequence = self.sequence
-        return sequence.num_computed_tokens + self.num_tokens == sequence.num_tokens
+        reached = sequence.num_computed_tokens + self.num_tokens - len(self.draft)
+        return reached == sequence.num_tokens
 
 
 class StepPlan(NamedTuple):
@@ -53,7 +57,7 @@ class StepPlan(NamedTuple):
     @property
     def num_tokens(self) -> int:
         """The length of the step's flat batch."""
-        return sum(num_tokens for _, num_tokens in self.scheduled)
+        return sum(scheduled.num_tokens for scheduled in self.scheduled)
 
 
 class SampledToken(NamedTuple):
@@ -61,6 +65,10 @@ class SampledToken(NamedTuple):
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+
+
+Draws: TypeAlias = Mapping[int, tuple[SampledToken, ...]]
+"""What a step drew, by request id: a token, and one more for each drafted token that it equals."""
 
 
 class OutOfMemory(Exception):
@@ -74,10 +82,10 @@ class EngineFault(Exception):
 class Runner(Protocol):
     """Computes a step: the model, or its echo."""
 
-    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
-        """Compute the plan's tokens; the draws, by request id, of each that ``samples``.
+    def execute(self, plan: StepPlan) -> Draws:
+        """Compute the plan's tokens; the draws of each sequence that ``samples``.
 
-        A plan with nothing scheduled gives an empty dictionary. A sequence whose numbers are not
+        A plan with nothing scheduled gives an empty mapping. A sequence whose numbers are not
         finite gets no draw.
 
         Raises:

@@ -37,16 +37,19 @@ from __future__ import annotations
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Mapping
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Final
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
-from understudy.runtime.scheduling.decision import SampledToken, ScheduledSequence, StepPlan
+from understudy.runtime.scheduling.decision import Draws, SampledToken, ScheduledSequence, StepPlan
 from understudy.runtime.scheduling.preemption import preempt_last, urgency
 from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
 
+NO_DRAFTS: Final[Mapping[int, Rows[int]]] = MappingProxyType({})
 STEPS_BEFORE_WIDENING: Final = 8
 """Steps that must fit before the budget, once halved, is doubled again."""
 SHEDS_MAX: Final = 16
@@ -165,8 +168,16 @@ class Scheduler:
         self._ended.append(_token_row(sequence, FinishReason.CANCELLED))
         return True
 
-    def schedule(self) -> StepPlan | None:
+    @property
+    def running(self) -> Rows[Sequence]:
+        """Sequences that own blocks, most urgent first."""
+        return self._running
+
+    def schedule(self, drafts: Mapping[int, Rows[int]] = NO_DRAFTS) -> StepPlan | None:
         """Plan the next step, or ``None`` if there is no work.
+
+        ``drafts`` are guesses behind sequences that have caught up, by request id. They take part
+        as far as budget and blocks last.
 
         The blocks for it are allocated. A plan that was not carried out may be replaced by
         calling this again: marks move in ``update`` alone.
@@ -182,28 +193,29 @@ class Scheduler:
             preempted = self._continue_running(scheduled)
             if not preempted:  # blocks are short, and who had to give way would come first
                 self._start_waiting(scheduled)
+            self._add_drafts(scheduled, drafts)
         assert scheduled or not self._sequences, "a step must bring someone forward"
         self._step += 1
         copies = self._kv_cache_manager.take_copies()
         self._plan = StepPlan(self._step, tuple(scheduled), preempted, copies)
         return self._plan
 
-    def update(self, plan: StepPlan, sampled: Mapping[int, SampledToken]) -> list[TokenRow]:
+    def update(self, plan: StepPlan, draws: Draws) -> list[TokenRow]:
         """Take in what the step brought; a row for each sequence that got a token or ended.
 
-        ``sampled`` has a token for each scheduled sequence that ``samples``, by request id.
+        ``draws`` has tokens for each scheduled sequence that ``samples``.
         """
         assert plan is self._plan, "a step is taken in once, and only the latest"
         self._plan = None
         self._started.clear()
         self._widen_budget()
         rows, self._ended = self._ended, []
-        for sequence, num_tokens in plan.scheduled:
+        for sequence, num_tokens, draft in plan.scheduled:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # cancelled or replaced while the step ran
-            sequence.num_computed_tokens += num_tokens
+            sequence.num_computed_tokens += num_tokens - len(draft)
             if sequence.num_computed_tokens == sequence.num_tokens:
-                rows.append(self._take(sequence, sampled.get(sequence.request_id)))
+                rows.append(self._take(sequence, draws.get(sequence.request_id)))
         self._kv_cache_manager.settle()
         return rows
 
@@ -257,7 +269,7 @@ class Scheduler:
                 preempted.append(victim.request_id)
                 if victim is sequence:
                     return tuple(preempted)
-            budget -= self._grant(sequence, num_tokens, scheduled)
+            budget -= self._grant(sequence, budget, scheduled)
         return tuple(preempted)
 
     def _run_suspect(self, scheduled: list[ScheduledSequence]) -> tuple[int, ...]:
@@ -275,7 +287,7 @@ class Scheduler:
 
     def _start_waiting(self, scheduled: list[ScheduledSequence]) -> None:
         """Start waiting sequences while budget, places and blocks last."""
-        budget = self._budget - sum(n for _, n in scheduled)
+        budget = self._budget - sum(share.num_tokens for share in scheduled)
         while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             sequence = next(iter(self._waiting.values()))
             if not self._kv_cache_manager.start(sequence):
@@ -298,6 +310,22 @@ class Scheduler:
         self._kv_cache_manager.plan(sequence, num_tokens)
         scheduled.append(ScheduledSequence(sequence, num_tokens))
         return num_tokens
+
+    def _add_drafts(
+        self, scheduled: list[ScheduledSequence], drafts: Mapping[int, Rows[int]]
+    ) -> None:
+        """Lengthen rows by guesses: worth free blocks and what the budget has left, no more."""
+        if not drafts:
+            return
+        left = self._budget - sum(share.num_tokens for share in scheduled)
+        for place, share in enumerate(scheduled):
+            draft = tuple(drafts.get(share.sequence.request_id, ())[:left])
+            if not draft or not share.samples:
+                continue
+            num_tokens = share.num_tokens + len(draft)
+            if self._kv_cache_manager.allocate(share.sequence, num_tokens):
+                scheduled[place] = ScheduledSequence(share.sequence, num_tokens, draft)
+                left -= len(draft)
 
     def _preempt_last(self) -> Sequence:
         """Put the least urgent running sequence back at the front of those that wait."""
@@ -331,23 +359,31 @@ class Scheduler:
             self._steps_since_shed = 0
             self._budget = min(2 * self._budget, self._config.max_num_batched_tokens)
 
-    def _take(self, sequence: Sequence, sampled: SampledToken | None) -> TokenRow:
-        """Take in a draw; a sequence that got none has numbers that are not finite, and ends."""
-        if sampled is not None:
-            return self._append(sequence, sampled)
+    def _take(self, sequence: Sequence, drawn: tuple[SampledToken, ...] | None) -> TokenRow:
+        """Take in draws; a sequence that got none has numbers that are not finite, and ends."""
+        if drawn is not None:
+            return self._append(sequence, drawn)
         self._kv_cache_manager.discard(sequence)
         self._remove(sequence)
         return _token_row(sequence, FinishReason.ERROR)
 
-    def _append(self, sequence: Sequence, sampled: SampledToken) -> TokenRow:
-        """Give a sequence its next token, and let it go if that was its last."""
+    def _append(self, sequence: Sequence, drawn: tuple[SampledToken, ...]) -> TokenRow:
+        """Give a sequence its next tokens, and let it go if the last of them is among them."""
         self._suspects.pop(sequence.request_id, None)
         is_first = sequence.num_output_tokens == 0
-        finish = sequence.append(sampled.token_id)
+        finish = sequence.append(drawn[0].token_id)
+        num_taken = 1
+        while finish is None and num_taken < len(drawn):
+            finish = sequence.append(drawn[num_taken].token_id)
+            num_taken += 1
+        # All but the last of them were drafted, so they are computed.
+        sequence.num_computed_tokens += num_taken - 1
         if finish is not None:
             self._remove(sequence)
-        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        row = _token_row(sequence, finish, (sampled.token_id,), logprobs)
+        taken = drawn[:num_taken]
+        tokens = tuple([one.token_id for one in taken])
+        logprobs = tuple([one.logprobs for one in taken if one.logprobs is not None])
+        row = _token_row(sequence, finish, tokens, logprobs)
         if is_first and sequence.num_cached_tokens:
             return row._replace(num_cached_tokens=sequence.num_cached_tokens)
         return row

@@ -29,6 +29,7 @@ class Sequence:
         params: How tokens are drawn, and when to stop.
         priority: Lower is earlier.
         token_ids: Prompt, then output.
+        num_offered_blocks: How many of its first blocks were offered to others.
         num_prompt_tokens: How many of ``token_ids`` are the prompt.
         cache_root: Who may share its keys and values: see ``prefix_cache``.
         block_keys: The keys of its first full blocks, as far as they were asked for.
@@ -50,6 +51,7 @@ class Sequence:
         "cache_root",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_offered_blocks",
         "num_prompt_tokens",
         "num_tokens_max",
         "params",
@@ -77,6 +79,7 @@ class Sequence:
         self.cache_root = root_key(request.tenant, request.cache_salt)
         self.block_keys: list[bytes] = []
         self.num_cached_tokens: int | None = None
+        self.num_offered_blocks = 0
         self.prefix_hash = extend_prefix_hash(0, output)
         self.arrival = 0
         self.status = SequenceStatus.WAITING

@@ -121,7 +121,11 @@ class _Answer:
             (index, "".join(texts), self._logprobs[index], self._finish.get(index))
             for index, texts in sorted(self._texts.items())
         ]
-        digest = hashlib.sha256(json.dumps((told, self._usage)).encode()).hexdigest()
+        usage = self._usage
+        if usage is not None:
+            # What an engine had in its cache depends on what it was asked before.
+            usage = {**usage, "prompt_tokens_details": None}
+        digest = hashlib.sha256(json.dumps((told, usage)).encode()).hexdigest()
         return Outcome(digest, problem, self.stall_s, num_joins, self.num_repeated)
 
 

@@ -16,7 +16,7 @@ from understudy.protocol.request import FinishReason, Request, TokenRow, extend_
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.echo import splitmix64
 from understudy.runtime.kit.actor import Effect, OpenSession, Send
-from understudy.runtime.scheduling.decision import Runner, SampledToken, StepPlan
+from understudy.runtime.scheduling.decision import Draws, Runner, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
 from understudy.runtime.storage.journal import Degraded, Journal
 from understudy.runtime.storage.records import Admit, End, Record, Step
@@ -181,24 +181,27 @@ class CheckedRunner:
         """For each block, its place in its sequence and the tokens whose keys and values it holds.
         """
 
-    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+    def execute(self, plan: StepPlan) -> Draws:
         """See ``Runner``."""
         size = self._block_size
         self._blocks |= {target: self._blocks[source] for source, target in plan.copies}
-        for sequence, _ in plan.scheduled:
+        for sequence, _, _ in plan.scheduled:
             place, rest = divmod(sequence.num_computed_tokens, size)
             if rest:
                 self._check(sequence, place, sequence.num_computed_tokens)
-        for sequence, num_tokens in plan.scheduled:
+        for sequence, num_tokens, draft in plan.scheduled:
             computed = sequence.num_computed_tokens + num_tokens
             for place in range(sequence.num_computed_tokens // size, -(-computed // size)):
-                tokens = sequence.token_ids[place * size : min((place + 1) * size, computed)]
+                tokens = [*sequence.token_ids, *draft][
+                    place * size : min((place + 1) * size, computed)
+                ]
                 self._blocks[sequence.block_table[place]] = (place, tokens)
         # What the step itself writes can be read in it, by whichever sequence shares the block.
-        for sequence, num_tokens in plan.scheduled:
+        for sequence, num_tokens, draft in plan.scheduled:
             computed = sequence.num_computed_tokens + num_tokens
-            for place in range(-(-computed // size)):
-                self._check(sequence, place, computed)
+            known = computed - len(draft)
+            for place in range(-(-known // size)):
+                self._check(sequence, place, known)
         return self._runner.execute(plan)
 
     def _check(self, sequence: EngineSequence, place: int, computed: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from understudy.protocol.request import Request
 from understudy.runtime.control.health import ProcessState
 from understudy.runtime.kit.clock import VirtualClock
-from understudy.runtime.scheduling.decision import Runner, SampledToken, StepPlan
+from understudy.runtime.scheduling.decision import Draws, Runner, StepPlan
 
 
 class VirtualCard:
@@ -70,7 +70,7 @@ class DelayedRunner:
         self._stage = stage
         self._clock = clock
 
-    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+    def execute(self, plan: StepPlan) -> Draws:
         """See ``Runner``."""
         delay_s = self._stage.delays_s.pop(self._name, None)
         if delay_s is not None:

@@ -69,7 +69,9 @@ class _VirtualEngine:
     def end(self) -> list[tuple[int, int, bool]]:
         """Take in the step: request, position and whether it was the last token."""
         assert self.plan is not None
-        sampled = {s.sequence.request_id: SampledToken(1) for s in self.plan.scheduled if s.samples}
+        sampled = {
+            s.sequence.request_id: (SampledToken(1),) for s in self.plan.scheduled if s.samples
+        }
         rows = self.scheduler.update(self.plan, sampled)
         self.outstanding -= sum(bool(row.finish) for row in rows)
         return [(row.request_id, row.position, bool(row.finish)) for row in rows]

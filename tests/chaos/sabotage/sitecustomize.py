@@ -81,7 +81,7 @@ def _before_step(plan: Any) -> None:
             pass
 
 
-def _after_step(drawn: dict[int, Any]) -> dict[int, Any]:
+def _after_step(drawn: Any) -> Any:
     from understudy.runtime.scheduling.decision import EngineFault
 
     match _fault():
@@ -105,7 +105,7 @@ def _sabotage() -> None:
         loaded = loading.load_runner(config, clock)
         execute = loaded.runner.execute
 
-        def sabotaged(plan: Any) -> dict[int, Any]:
+        def sabotaged(plan: Any) -> Any:
             _before_step(plan)
             return _after_step(execute(plan))
 

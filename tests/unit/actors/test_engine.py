@@ -35,7 +35,7 @@ from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR, BeatingActor, CloseSession, Effect, OpenSession
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.membership import SUPERVISOR_SILENT_S
-from understudy.runtime.scheduling.decision import Runner, SampledToken, StepPlan
+from understudy.runtime.scheduling.decision import Draws, Runner, SampledToken, StepPlan
 from understudy.runtime.scheduling.scheduler import SchedulerConfig
 
 NUM_BLOCKS = 16
@@ -355,11 +355,11 @@ class Watching:
         self.engine: Engine | None = None
         self.beats: list[tuple[str, int, float]] = []
 
-    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+    def execute(self, plan: StepPlan) -> Draws:
         assert self.engine is not None
         beat = self.engine.heartbeat(107.0)
         self.beats.append((beat.phase, beat.step, beat.phase_for_s))
-        return {scheduled.sequence.request_id: SampledToken(5) for scheduled in plan.scheduled}
+        return {scheduled.sequence.request_id: (SampledToken(5),) for scheduled in plan.scheduled}
 
 
 def test_a_heartbeat_tells_what_the_engine_is_doing() -> None:

@@ -79,7 +79,7 @@ class Run:
             return
         with torch.inference_mode():
             rows = iter(self.runner.hidden_states(StepPlan(0, tuple(scheduled))))
-        for sequence, num_tokens in scheduled:
+        for sequence, num_tokens, _ in scheduled:
             start = sequence.num_computed_tokens
             for position in range(start, start + num_tokens):
                 self.hidden[sequence.request_id][position] = next(rows)

@@ -25,7 +25,7 @@ from understudy.protocol.request import (
     extend_prefix_hash,
 )
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
-from understudy.runtime.scheduling.decision import SampledToken, StepPlan
+from understudy.runtime.scheduling.decision import Draws, SampledToken, StepPlan
 from understudy.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
 
@@ -76,41 +76,48 @@ class CachingRunner:
     requests: dict[int, Request] = field(default_factory=dict)
     slots: dict[tuple[int, int], tuple[str, list[int]]] = field(default_factory=dict)
 
-    def execute(self, plan: StepPlan) -> dict[int, SampledToken]:
+    def execute(self, plan: StepPlan) -> Draws:
         self.slots |= {
             (target, slot): self.slots[source, slot]
             for source, target in plan.copies
             for slot in range(self.block_size)
             if (source, slot) in self.slots
         }
-        for sequence, num_tokens in plan.scheduled:
+        for sequence, num_tokens, draft in plan.scheduled:
             start = sequence.num_computed_tokens
             for position in range(start, start + num_tokens):
-                self.slots[self.slot(sequence, position)] = self.entry(sequence, position)
+                self.slots[self.slot(sequence, position)] = self.entry(sequence, position, draft)
         return {
-            scheduled.sequence.request_id: self.sample(scheduled.sequence)
+            scheduled.sequence.request_id: self.sample(scheduled.sequence, scheduled.draft)
             for scheduled in plan.scheduled
             if scheduled.samples
         }
 
-    def sample(self, sequence: Sequence) -> SampledToken:
-        for position in range(sequence.num_tokens):
+    def sample(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[SampledToken, ...]:
+        for position in range(sequence.num_tokens + len(draft)):
             found = self.slots[self.slot(sequence, position)]
-            assert found == self.entry(sequence, position), f"{sequence} lost its cache"
+            assert found == self.entry(sequence, position, draft), f"{sequence} lost its cache"
         request = self.requests[sequence.request_id]
-        token_id = next_token(request, sequence.num_output_tokens)
+        position = sequence.num_output_tokens
+        drawn = [next_token(request, position)]
+        for guess in draft:
+            if guess != drawn[-1]:
+                break
+            drawn.append(next_token(request, position + len(drawn)))
         if request.params.logprobs is None:
-            return SampledToken(token_id)
-        return SampledToken(token_id, TokenLogprobs(-float(token_id), ()))
+            return tuple(map(SampledToken, drawn))
+        return tuple(SampledToken(token, TokenLogprobs(-float(token), ())) for token in drawn)
 
     def slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
         block_index, slot = divmod(position, self.block_size)
         return sequence.block_table[block_index], slot
 
-    def entry(self, sequence: Sequence, position: int) -> tuple[str, list[int]]:
+    def entry(
+        self, sequence: Sequence, position: int, draft: tuple[int, ...]
+    ) -> tuple[str, list[int]]:
         """Keys and values say all that was read so far, and may be shared within a tenant."""
         tenant = self.requests[sequence.request_id].tenant
-        return tenant, sequence.token_ids[: position + 1]
+        return tenant, [*sequence.token_ids, *draft][: position + 1]
 
 
 def oracle(
@@ -259,11 +266,28 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def schedule(self) -> None:
         """Plan a step; if one is planned already, the new plan takes its place."""
-        self.plan = self.scheduler.schedule()
+        self.plan = self.scheduler.schedule(self.guess())
         assert (self.plan is not None) is self.scheduler.has_work
         if self.plan is not None:
             self.check_plan(self.plan)
             self.sampled = self.runner.execute(self.plan)
+
+    def guess(self) -> dict[int, list[int]]:
+        """Drafts of all lengths, some right, some wrong somewhere."""
+        drafts = {}
+        for sequence in self.scheduler.running:
+            luck = sequence.request_id * 31 + sequence.num_tokens * 7
+            length = min(luck % 5, sequence.num_tokens_max - sequence.num_tokens - 1)
+            if sequence.num_computed_tokens + 1 == sequence.num_tokens and length > 0:
+                request, start = (
+                    self.newest[sequence.request_id].request,
+                    sequence.num_output_tokens,
+                )
+                draft = [next_token(request, start + place) for place in range(length)]
+                if luck % 3:
+                    draft[luck % length] = VOCABULARY + 1
+                drafts[sequence.request_id] = draft
+        return drafts
 
     @rule()
     def update(self) -> None:
@@ -271,14 +295,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         plan, self.plan = self.plan, None
         marks = [
-            (sequence, sequence.num_computed_tokens + num_tokens)
-            for sequence, num_tokens in plan.scheduled
+            (sequence, sequence.num_computed_tokens + num_tokens - len(draft))
+            for sequence, num_tokens, draft in plan.scheduled
             if sequence.status is SequenceStatus.RUNNING
         ]
         rows = self.scheduler.update(plan, self.sampled)
         for row in rows:
             self.check_row(row)
-        assert all(sequence.num_computed_tokens == mark for sequence, mark in marks)
+        assert all(sequence.num_computed_tokens >= mark for sequence, mark in marks)
         assert all(a.end is not End.CANCELLED for a in self.attempts.values())
         self.num_steps_without_row = 0 if rows else self.num_steps_without_row + 1
         self.check_progress()
@@ -320,10 +344,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget = self.config.max_num_batched_tokens
         assert plan.num_tokens <= budget
         assert len(plan.scheduled) <= self.scheduler.num_running <= self.config.max_num_seqs
-        granted = {sequence.request_id: num_tokens for sequence, num_tokens in plan.scheduled}
+        granted = {
+            sequence.request_id: num_tokens - len(draft)
+            for sequence, num_tokens, draft in plan.scheduled
+        }
         assert len(granted) == len(plan.scheduled), "nobody has two shares of a step"
-        for sequence, num_tokens in plan.scheduled:
-            assert 1 <= num_tokens <= sequence.num_tokens - sequence.num_computed_tokens
+        for sequence, num_tokens, draft in plan.scheduled:
+            num_known = num_tokens - len(draft)
+            assert 1 <= num_known <= sequence.num_tokens - sequence.num_computed_tokens
             num_slots = len(sequence.block_table) * self.config.block_size
             assert num_slots >= sequence.num_computed_tokens + num_tokens
         running = [
@@ -357,7 +385,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (attempt.output, row.finish) == (attempt.expected, attempt.expected_reason)
             attempt.end = End.REPORTED
         else:
-            assert len(row.tokens) == 1
+            assert row.tokens
             assert len(attempt.output) < len(attempt.expected)
 
     def check_progress(self) -> None:

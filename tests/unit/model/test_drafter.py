@@ -1,0 +1,114 @@
+"""Speculation with real models: it changes how many tokens a step brings, and never which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.serving import Service, request_of, serve
+from tests.unit.model.conftest import LoadModel
+from understudy.protocol.request import Request, SamplingParams
+from understudy.runtime.model.drafter import ModelDrafter
+from understudy.runtime.model.runner import ModelRunner
+from understudy.runtime.model.transformer import Transformer
+from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
+from understudy.runtime.scheduling.speculation import (
+    Costs,
+    CostTable,
+    Drafter,
+    NgramDrafter,
+    Speculator,
+    StepCosts,
+)
+
+NUM_BLOCKS = 256
+BLOCK_SIZE = 8
+PARAMS = (
+    SamplingParams(seed=0, max_tokens=20, temperature=0.0),
+    SamplingParams(seed=1, max_tokens=20, temperature=0.7, logprobs=2),
+    SamplingParams(seed=2, max_tokens=20, top_k=20, top_p=0.9),
+    SamplingParams(seed=3, max_tokens=20, temperature=0.0, repetition_penalty=1.3),
+    SamplingParams(seed=4, max_tokens=20, frequency_penalty=0.5, presence_penalty=0.3),
+    SamplingParams(seed=5, max_tokens=20, stop_token_ids=(3, 4, 5, 6), min_tokens=6),
+)
+
+
+def requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(3)
+    # Loops, so that a lookup finds something.
+    prompts = [torch.randint(128, (3 + i,), generator=generator).tolist() * 3 for i in range(6)]
+    return [request_of(i, prompts[i], params) for i, params in enumerate(PARAMS)]
+
+
+def drafter_of(model: Transformer) -> ModelDrafter:
+    runner = ModelRunner(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    return ModelDrafter(runner, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+
+
+class Liar:
+    """Guesses wrong half of the time, by the oracle's answers."""
+
+    def __init__(self, truth: Service) -> None:
+        self._truth = truth
+
+    def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
+        drafts = {}
+        for sequence, depth in wanted:
+            made = sequence.num_output_tokens
+            draft = self._truth.served[sequence.request_id].tokens[made : made + depth]
+            if made % 2 and draft:
+                draft[made % len(draft)] ^= 1
+            drafts[sequence.request_id] = draft
+        return drafts
+
+
+@pytest.fixture
+def truth(model_of: LoadModel) -> Service:
+    return serve(model_of("llama", torch.float32, "exact"), requests())
+
+
+@pytest.mark.parametrize("depth", range(1, 9))
+@pytest.mark.parametrize("method", ["same model", "other model", "ngram", "liar"])
+def test_no_draft_of_any_depth_changes_a_text(
+    model_of: LoadModel, truth: Service, method: str, depth: int
+) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    drafters: dict[str, Drafter] = {
+        "same model": drafter_of(model),
+        "other model": drafter_of(model_of("qwen3", torch.float32, "fast")),
+        "ngram": NgramDrafter(),
+        "liar": Liar(truth),
+    }
+    speculator = Speculator(drafters[method], depth_max=depth, costs=None)
+    assert serve(model, requests(), speculator=speculator).served == truth.served
+    assert speculator.num_draft_tokens > 0
+    if method == "same model":
+        assert speculator.num_accepted_tokens == speculator.num_draft_tokens
+
+
+def test_an_adaptive_depth_changes_no_text(model_of: LoadModel, truth: Service) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.05)])), CostTable([(1, 0.001)]))
+    speculator = Speculator(drafter_of(model), depth_max=8, costs=costs)
+    assert serve(model, requests(), speculator=speculator).served == truth.served
+    assert speculator.num_accepted_tokens > 0
+
+
+def test_drafts_change_no_text_where_blocks_are_short(model_of: LoadModel, truth: Service) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    speculator = Speculator(drafter_of(model), depth_max=4, costs=None)
+    tight = serve(
+        model, requests(), speculator=speculator, num_blocks=14, max_num_batched_tokens=16
+    )
+    assert tight.num_preemptions > 0
+    assert tight.served == truth.served
+
+
+def test_a_drafter_without_room_guesses_nothing(model_of: LoadModel) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    runner = ModelRunner(model, num_blocks=1, block_size=BLOCK_SIZE)
+    drafter = ModelDrafter(runner, num_blocks=1, block_size=BLOCK_SIZE)
+    sequence = EngineSequence(request_of(1, range(20), PARAMS[0]), attempt=1)
+    assert drafter.propose([(sequence, 4)]) == {}
