@@ -4,85 +4,26 @@ from __future__ import annotations
 
 import pytest
 
+from tests.unit.scheduling.steps import (
+    STOP_TOKEN,
+    draw,
+    make_scheduler,
+    make_sequence,
+    run_step,
+    run_to_end,
+    schedule,
+    shares,
+)
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import (
     FinishReason,
-    Request,
-    SamplingParams,
     TokenLogprobs,
     TokenRow,
     extend_prefix_hash,
 )
-from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
-from understudy.runtime.scheduling.decision import Draws, SampledToken, StepPlan
-from understudy.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
-from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
-
-STOP_TOKEN = 2
-
-
-def make_scheduler(
-    *,
-    num_blocks: int = 100,
-    block_size: int = 4,
-    max_num_seqs: int = 8,
-    budget: int = 64,
-    max_model_len: int = 256,
-) -> Scheduler:
-    config = SchedulerConfig(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        max_model_len=max_model_len,
-        block_size=block_size,
-    )
-    return Scheduler(config, KVCacheManager(num_blocks=num_blocks, block_size=block_size))
-
-
-def make_sequence(
-    request_id: int = 1,
-    *,
-    prompt_length: int = 4,
-    output: tuple[int, ...] = (),
-    max_tokens: int = 100,
-    min_tokens: int = 0,
-    priority: int = 0,
-    attempt: int = 1,
-) -> Sequence:
-    params = SamplingParams(
-        seed=0, max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=(STOP_TOKEN,)
-    )
-    prompt = tuple(range(1000 * request_id, 1000 * request_id + prompt_length))  # nothing shared
-    request = Request(request_id, request_id, prompt, params, priority)
-    return Sequence(request, attempt=attempt, output=output)
-
-
-def schedule(scheduler: Scheduler) -> StepPlan:
-    plan = scheduler.schedule()
-    assert plan is not None
-    return plan
-
-
-def shares(plan: StepPlan) -> dict[int, int]:
-    return {scheduled.sequence.request_id: scheduled.num_tokens for scheduled in plan.scheduled}
-
-
-def draw(plan: StepPlan, token_id: int = 9) -> Draws:
-    return {s.sequence.request_id: (SampledToken(token_id),) for s in plan.scheduled if s.samples}
-
-
-def run_step(scheduler: Scheduler, token_id: int = 9) -> list[TokenRow]:
-    plan = schedule(scheduler)
-    rows = scheduler.update(plan, draw(plan, token_id))
-    scheduler.check_integrity()
-    return rows
-
-
-def run_to_end(scheduler: Scheduler) -> list[TokenRow]:
-    rows: list[TokenRow] = []
-    while scheduler.has_work:
-        rows += run_step(scheduler)
-    return rows
-
+from understudy.runtime.scheduling.decision import SampledToken
+from understudy.runtime.scheduling.scheduler import SchedulerConfig
+from understudy.runtime.scheduling.sequence import SequenceStatus
 
 # One rule for all tokens
 
@@ -490,56 +431,3 @@ def test_every_bad_limit_is_named() -> None:
         "max_num_seqs must be at least 1, not 0",
         "max_num_batched_tokens must be at least 1, not -1",
     )
-
-
-# Drafts
-
-
-def test_a_draft_is_a_longer_row_that_brings_what_comes_true_and_one_more() -> None:
-    scheduler = make_scheduler()
-    scheduler.add(make_sequence(1))
-    run_step(scheduler)
-    plan = scheduler.schedule({1: [5, 6, 7]})
-    assert plan is not None
-    assert plan.scheduled[0].draft == (5, 6, 7)
-    assert plan.num_tokens == 4
-    assert plan.scheduled[0].samples
-    drawn = tuple(map(SampledToken, (5, 6, 8)))
-    (row,) = scheduler.update(plan, {1: drawn})
-    assert (row.position, row.tokens) == (1, (5, 6, 8))
-    scheduler.check_integrity()
-    assert shares(schedule(scheduler)) == {1: 1}
-
-
-def test_an_end_within_a_draft_is_the_end() -> None:
-    scheduler = make_scheduler()
-    scheduler.add(make_sequence(1, max_tokens=3))
-    run_step(scheduler)
-    plan = scheduler.schedule({1: [5, 6, 7]})
-    assert plan is not None
-    (row,) = scheduler.update(plan, {1: tuple(map(SampledToken, (5, 6, 7, 8)))})
-    assert (row.tokens, row.finish) == ((5, 6), FinishReason.LENGTH)
-    assert not scheduler.has_work
-
-
-def test_drafts_get_the_budget_that_the_others_leave() -> None:
-    scheduler = make_scheduler(budget=16)
-    scheduler.add(make_sequence(1, prompt_length=4))
-    scheduler.add(make_sequence(2, prompt_length=4))
-    run_step(scheduler)
-    plan = scheduler.schedule({1: range(20), 2: range(20)})
-    assert plan is not None
-    assert plan.num_tokens <= 16
-    assert {s.sequence.request_id for s in plan.scheduled} == {1, 2}
-
-
-def test_nobody_gives_way_for_a_draft() -> None:
-    scheduler = make_scheduler(num_blocks=2, block_size=4)
-    first, second = make_sequence(1, prompt_length=3), make_sequence(2, prompt_length=3)
-    scheduler.add(first)
-    scheduler.add(second)
-    run_step(scheduler)
-    plan = scheduler.schedule({1: [5, 6], 2: [5, 6]})
-    assert plan is not None
-    assert plan.preempted == ()
-    assert shares(plan) == {1: 1, 2: 1}
