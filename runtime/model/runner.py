@@ -12,12 +12,15 @@ nothing of queues, priorities or requests' ends: those are the scheduler's.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from understudy.runtime.model.attention import Span
 from understudy.runtime.model.kv_cache import KVCache
+from understudy.runtime.model.operations import has_kernels
 from understudy.runtime.model.sampler import Sampler, SamplingRow
 from understudy.runtime.model.transformer import Batch, Transformer
 from understudy.runtime.scheduling.decision import (
@@ -27,6 +30,9 @@ from understudy.runtime.scheduling.decision import (
     ScheduledSequence,
     StepPlan,
 )
+
+if TYPE_CHECKING:
+    from understudy.runtime.model.kernels.decode_graphs import Decoded, DecodeGraphs
 
 
 class ModelRunner:
@@ -42,6 +48,7 @@ class ModelRunner:
             device=model.device,
         )
         self._sampler = Sampler(model.vocab_size, model.device)
+        self._graphs = _decode_graphs(model, self._cache)
 
     @property
     def cache(self) -> KVCache:
@@ -85,11 +92,18 @@ class ModelRunner:
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens; ``[plan.num_tokens, hidden_size]``, in plan order."""
+        decoded = self._decode(plan)
+        if decoded is not None:
+            return decoded.hidden.clone()
         batch = self._batch(plan.scheduled)
         return self._model.forward(batch, self._cache)[: len(batch.slots)]
 
     def logits(self, plan: StepPlan) -> Tensor | None:
         """Compute the plan's tokens; raw logits, a row for each that ``samples``, in plan order."""
+        if all(scheduled.samples for scheduled in plan.scheduled):
+            decoded = self._decode(plan)
+            if decoded is not None:
+                return decoded.logits
         hidden = self.hidden_states(plan)
         last_rows: list[int] = []
         num_rows = 0
@@ -101,6 +115,14 @@ class ModelRunner:
             return None
         index = torch.tensor(last_rows, device=self._model.device)
         return self._model.logits(hidden.index_select(0, index))
+
+    def _decode(self, plan: StepPlan) -> Decoded | None:
+        """Compute a step of single tokens by a graph, where there are graphs."""
+        if self._graphs is None or any(each.num_tokens != 1 for each in plan.scheduled):
+            return None
+        sequences = [sequence for sequence, _ in plan.scheduled]
+        token_ids = [each.token_ids[each.num_computed_tokens] for each in sequences]
+        return self._graphs.run(_spans(plan.scheduled), token_ids)
 
     def _batch(self, scheduled: tuple[ScheduledSequence, ...]) -> Batch:
         spans = _spans(scheduled)
@@ -132,6 +154,14 @@ class ModelRunner:
                 zero_slot=self._cache.zero_slot,
             ),
         )
+
+
+def _decode_graphs(model: Transformer, cache: KVCache) -> DecodeGraphs | None:
+    if not has_kernels(model.device):
+        return None
+    from understudy.runtime.model.kernels.decode_graphs import DecodeGraphs
+
+    return DecodeGraphs(model, cache)
 
 
 def _spans(scheduled: tuple[ScheduledSequence, ...]) -> list[Span]:
