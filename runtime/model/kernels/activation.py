@@ -1,12 +1,20 @@
 """The gated activation, with or without quantisation of its result."""
 
+from typing import Final
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from understudy.runtime.model.kernels.normalisation import QuantisedRows, quantise_block
+from understudy.runtime.model.kernels.normalisation import (
+    QuantisedRows,
+    quantise_block,
+    round_half_even,
+    scale_and_factor,
+)
 
-_BLOCK = 1024
+_BLOCK: Final = 1024
+_ROW_BLOCK: Final = 8192
 
 
 def silu_and_multiply(gate_and_up: Tensor) -> Tensor:
@@ -14,7 +22,7 @@ def silu_and_multiply(gate_and_up: Tensor) -> Tensor:
     rows, width = len(gate_and_up), gate_and_up.shape[1] // 2
     output = gate_and_up.new_empty(rows, width)
     _silu_kernel[(rows, triton.cdiv(width, _BLOCK))](
-        gate_and_up, output, output, width, block=_BLOCK, quantise=False, num_warps=4
+        gate_and_up, output, width, block=_BLOCK, num_warps=4
     )
     return output
 
@@ -23,9 +31,9 @@ def silu_and_multiply_quantised(gate_and_up: Tensor) -> QuantisedRows:
     """The same, each row as int8 and a scale."""
     rows, width = len(gate_and_up), gate_and_up.shape[1] // 2
     output = QuantisedRows.empty(rows, width, gate_and_up.device)
-    block = triton.next_power_of_2(width)
-    _silu_kernel[(rows, 1)](
-        gate_and_up, *output, width, block=block, quantise=True, num_warps=warps
+    block = min(triton.next_power_of_2(width), _ROW_BLOCK)
+    _silu_quantise_kernel[(rows,)](
+        gate_and_up, *output, width, block=block, num_warps=_num_warps(block)
     )
     return output
 
@@ -45,21 +53,38 @@ def _num_warps(block: int) -> int:
 
 
 @triton.jit
-def _silu_kernel(gate_and_up, output, scales, width, block: tl.constexpr, quantise: tl.constexpr):
+def _activated(gates, columns, width):
+    """The activation, in the model's dtype: what the next product sees, quantised or not."""
+    mask = columns < width
+    gate = tl.load(gates + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gates + width + columns, mask=mask, other=0.0).to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate)) * up).to(gates.dtype.element_ty)
+
+
+@triton.jit
+def _silu_kernel(gate_and_up, output, width, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
-    mask = columns < width
-    gates = gate_and_up + row * (2 * width) + columns
-    gate = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gates + width, mask=mask, other=0.0).to(tl.float32)
-    x = gate / (1.0 + tl.exp(-gate)) * up
-    places = row * width + columns
-    if quantise:
-        # What the next product sees is the activation in the model's dtype, quantised or not.
-        rounded = x.to(gate_and_up.dtype.element_ty).to(tl.float32)
-        quantise_block(rounded, output, scales, row, places, mask)
-    else:
-        tl.store(output + places, x.to(output.dtype.element_ty), mask=mask)
+    x = _activated(gate_and_up + row * (2 * width), columns, width)
+    tl.store(output + row * width + columns, x, mask=columns < width)
+
+
+@triton.jit
+def _silu_quantise_kernel(gate_and_up, values, scales, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    gates = gate_and_up + row * (2 * width)
+    largest = tl.zeros([block], tl.float32)
+    for start in range(0, width, block):
+        x = _activated(gates, start + tl.arange(0, block), width).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    scale, factor = scale_and_factor(tl.max(largest, 0))
+    # Computed again: what was read is still in the cache, and a whole row outgrows the registers.
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        x = _activated(gates, columns, width).to(tl.float32)
+        quantised = round_half_even(x * factor).to(tl.int8)
+        tl.store(values + row * width + columns, quantised, mask=columns < width)
+    tl.store(scales + row, scale)
 
 
 @triton.jit

@@ -76,11 +76,17 @@ def round_half_even(x):
 
 
 @triton.jit
+def scale_and_factor(largest):
+    """What int8 numbers are multiplied by, and what numbers are multiplied by to become int8."""
+    scale = tl.div_rn(largest, _INT8_MAX)
+    is_zero = scale == 0.0
+    return scale, tl.where(is_zero, 0.0, tl.div_rn(1.0, tl.where(is_zero, 1.0, scale)))
+
+
+@triton.jit
 def quantise_block(x, values, scales, row, places, mask):
     """Store a row, held as one block of float32, as int8 and its scale."""
-    largest = tl.max(tl.abs(x), 0)
-    scale = tl.div_rn(largest, _INT8_MAX)
-    factor = tl.where(largest > 0.0, tl.div_rn(1.0, tl.where(largest > 0.0, scale, 1.0)), 0.0)
+    scale, factor = scale_and_factor(tl.max(tl.abs(x), 0))
     tl.store(values + places, round_half_even(x * factor).to(tl.int8), mask=mask)
     tl.store(scales + row, scale)
 

@@ -70,8 +70,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]]:
     shapes["rotate"] = (rotation._rotate_kernel, rotated, 4, {})
     norm = {"block": 4096, "has_delta": True, "quantise": True}
     shapes["norm"] = (normalisation._add_rms_norm_kernel, norm, 8, quantised)
-    silu = {"block": 32768, "quantise": True}
-    shapes["silu"] = (activation._silu_kernel, silu, activation._num_warps(32768), quantised)
+    shapes["silu"] = (activation._silu_kernel, {"block": 1024}, 4, {})
+    silu = {"block": 8192}
+    shapes["silu and quantise"] = (activation._silu_quantise_kernel, silu, 8, quantised)
     shapes["quantise"] = (activation._quantise_kernel, {"block": 4096}, 4, quantised)
     shapes["least"] = (sampling._least_kernel, {"block": 4096}, 16, {})
     shapes["draw"] = (sampling._draw_kernel, {"block": 4096}, 8, {"keys": "i64"})
