@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -131,21 +130,21 @@ def parts_for(
 
 def has_kernels(device: torch.device) -> bool:
     """Whether a device computes with the Triton kernels."""
-    return device.type == "cuda" and _has_triton()
+    return device.type == "cuda" and _triton_version() is not None
 
 
 def kernels_name(device: torch.device) -> str:
     """What computes on a GPU, for the class of its numerics."""
-    return f"triton-{version('triton')}" if has_kernels(device) else "torch"
+    return f"triton-{_triton_version()}" if has_kernels(device) else "torch"
 
 
 @cache
-def _has_triton() -> bool:
+def _triton_version() -> str | None:
     try:
-        version("triton")
-    except PackageNotFoundError:
+        import triton
+    except ImportError:
         from understudy.runtime.log import get_logger
 
         get_logger().warning("triton is missing: the GPU computes with plain torch, slower")
-        return False
-    return True
+        return None
+    return str(triton.__version__)

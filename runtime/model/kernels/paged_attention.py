@@ -27,8 +27,8 @@ SPLIT_KEYS: Final = 512
 """Keys of a split. Changing it changes bits."""
 _TILE_KEYS: Final = 64
 _NUM_STAGES: Final = 3
-_WIDE_TILE: Final = 64 * 128
-"""From so many numbers on, a tile's sums would not fit in the registers of four warps."""
+_WIDE_TILE: Final = 64 * 128 * 2
+"""From so many bytes of queries on, a tile's sums would not fit in the registers of four warps."""
 _LOG2_E: Final = 1.4426950408889634
 _JOINED_ROWS: Final = 4
 _DIMS_MIN: Final = 16
@@ -127,8 +127,8 @@ def paged_attention(
         tile_keys=_TILE_KEYS,
         split_keys=SPLIT_KEYS,
         is_split=tiles.num_splits > 0,
-        num_stages=_NUM_STAGES,
-        num_warps=_num_warps(tiles.rows, head_dim),
+        num_stages=_num_stages(keys.dtype),
+        num_warps=_num_warps(tiles.rows, head_dim, keys.dtype),
     )
     if tiles.num_splits:
         _join_kernel[(len(tiles.sequences), num_kv_heads, tiles.rows // _JOINED_ROWS)](
@@ -146,8 +146,13 @@ def paged_attention(
         )
 
 
-def _num_warps(tile_rows: int, head_dim: int) -> int:
-    return 8 if tile_rows * _padded(head_dim) >= _WIDE_TILE else 4
+def _num_warps(tile_rows: int, head_dim: int, dtype: torch.dtype) -> int:
+    return 8 if tile_rows * _padded(head_dim) * dtype.itemsize >= _WIDE_TILE else 4
+
+
+def _num_stages(dtype: torch.dtype) -> int:
+    """How many tiles of keys and values are under way: shared memory holds few of float32."""
+    return _NUM_STAGES if dtype.itemsize <= 2 else 1
 
 
 def _padded(head_dim: int) -> int:
@@ -206,7 +211,7 @@ def _attend_to_split(
         else:
             k = tl.load(keys + places, mask=(column < head_dim)[None, :], other=0.0)
             v = tl.load(values + places, mask=(column < head_dim)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         seen = key_positions[None, :] <= seen_until[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -214,7 +219,7 @@ def _attend_to_split(
         weights = tl.exp2(scores - safe_peak[:, None])
         keep = tl.exp2(peak - safe_peak)
         total = total * keep + tl.sum(weights, 1)
-        joined = tl.dot(weights.to(v.dtype), v, joined * keep[:, None], input_precision="ieee")
+        joined = tl.dot(weights.to(v.dtype), v, joined * keep[:, None], input_precision="tf32x3")
         peak = new_peak
     return peak, total, joined
 

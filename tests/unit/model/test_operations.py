@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,14 +24,17 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def nothing_remembered() -> None:
-    operations._has_triton.cache_clear()
+def nothing_remembered() -> Iterator[None]:
+    remembered = operations._triton_version
+    remembered.cache_clear()
+    yield
+    remembered.cache_clear()
 
 
 def test_a_cpu_computes_in_plain_torch_and_does_not_ask_for_triton(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(operations, "version", None)
+    monkeypatch.setattr(operations, "_triton_version", None)
     parts = parts_for(config_of(4, 2, 16), numerics="fast", dtype=torch.float32, device=CPU)
     assert isinstance(parts.operations, PlainOperations)
     assert isinstance(parts.attention, PagedAttention)
@@ -37,7 +42,7 @@ def test_a_cpu_computes_in_plain_torch_and_does_not_ask_for_triton(
 
 
 def test_a_gpu_computes_by_kernels_and_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "version", lambda _: "9.9")
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="9.9"))
     assert has_kernels(CUDA)
     assert kernels_name(CUDA) == "triton-9.9"
 
@@ -45,10 +50,7 @@ def test_a_gpu_computes_by_kernels_and_names_them(monkeypatch: pytest.MonkeyPatc
 def test_a_gpu_without_triton_says_so_once_and_computes_in_plain_torch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(operations, "version", missing)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert [has_kernels(CUDA) for _ in range(3)] == [False] * 3
     assert kernels_name(CUDA) == "torch"
     said = capsys.readouterr()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from understudy.runtime.model.config import ModelConfig
 from understudy.tools.gpu import bench, check
 from understudy.tools.gpu.check import Finding
 from understudy.tools.gpu.shapes import LLAMA_3_8B, QWEN_2_5_05B, QWEN_2_5_7B
@@ -85,7 +86,7 @@ def test_rows_are_written_as_they_come(
     ],
 )
 def test_floors_are_those_that_were_worked_out_by_hand(
-    config: bench.ModelConfig, tokens: int, context: int, is_int8: bool, floor_ms: float
+    config: ModelConfig, tokens: int, context: int, is_int8: bool, floor_ms: float
 ) -> None:
     found = bench._floor_ms(
         config, H200, tokens=tokens, sampled=tokens, context=context, is_int8=is_int8

@@ -28,6 +28,6 @@ def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 20
+    assert len(found) == 18
     assert {name: used for name, used in found.items() if used["STACK"] or used["LOCAL"]} == {}
     assert all(used["SHARED"] <= SHARED_MAX for used in found.values())
