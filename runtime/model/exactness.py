@@ -17,6 +17,7 @@ from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.model.model_digest import model_digest
 from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.operations import kernels_name
 from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
@@ -64,11 +65,12 @@ def numerics_class(
 ) -> str:
     """Name whatever decides about bits: two engines that have the same name make the same.
 
-    The model's digest, dtype and quantisation, device and its kind, instruction set, threads, and
-    torch's release.
+    The model's digest, dtype and quantisation, device and its kind, instruction set, threads, on a
+    GPU the kernels, and torch's release.
     """
     if device.type == "cuda":
-        kind = torch.cuda.get_device_name(device).replace(" ", "_")
+        card = torch.cuda.get_device_name(device).replace(" ", "_")
+        kind = f"{card}/{kernels_name(device)}"
     else:
         kind = f"{torch.backends.cpu.get_cpu_capability()}x{torch.get_num_threads()}"
     name = str(dtype).removeprefix("torch.")

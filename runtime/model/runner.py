@@ -12,12 +12,15 @@ nothing of queues, priorities or requests' ends: those are the scheduler's.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from understudy.runtime.model.attention import Span
 from understudy.runtime.model.kv_cache import KVCache
+from understudy.runtime.model.operations import has_kernels
 from understudy.runtime.model.sampler import Sampler, SamplingRow
 from understudy.runtime.model.transformer import Batch, Transformer
 from understudy.runtime.scheduling.decision import (
@@ -28,6 +31,9 @@ from understudy.runtime.scheduling.decision import (
     ScheduledSequence,
     StepPlan,
 )
+
+if TYPE_CHECKING:
+    from understudy.runtime.model.kernels.decode_graphs import Decoded, DecodeGraphs
 
 
 class ModelRunner:
@@ -43,6 +49,7 @@ class ModelRunner:
             device=model.device,
         )
         self._sampler = Sampler(model.vocab_size, model.device)
+        self._graphs = _decode_graphs(model, self._cache)
 
     @property
     def cache(self) -> KVCache:
@@ -89,15 +96,19 @@ class ModelRunner:
     def hidden_states(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens; ``[plan.num_tokens, hidden_size]``, in plan order."""
         self._cache.copy_blocks(plan.copies)
-        batch = self._batch(plan.scheduled)
-        return self._model.forward(batch, self._cache)[: len(batch.slots)]
+        decoded = self._decode(plan)
+        return self._forward(plan) if decoded is None else decoded.hidden.clone()
 
     def logits(self, plan: StepPlan) -> Tensor | None:
         """Compute the plan's tokens; raw logits, in plan order.
 
         There is a row for each sequence that ``samples``, and one for each drafted token.
         """
-        hidden = self.hidden_states(plan)
+        self._cache.copy_blocks(plan.copies)
+        decoded = self._decode(plan)
+        if decoded is not None and all(scheduled.samples for scheduled in plan.scheduled):
+            return decoded.logits
+        hidden = self._forward(plan) if decoded is None else decoded.hidden
         last_rows: list[int] = []
         num_rows = 0
         for scheduled in plan.scheduled:
@@ -108,6 +119,18 @@ class ModelRunner:
             return None
         index = torch.tensor(last_rows, device=self._model.device)
         return self._model.logits(hidden.index_select(0, index))
+
+    def _forward(self, plan: StepPlan) -> Tensor:
+        batch = self._batch(plan.scheduled)
+        return self._model.forward(batch, self._cache)[: len(batch.slots)]
+
+    def _decode(self, plan: StepPlan) -> Decoded | None:
+        """Compute a step of single tokens by a graph, where there are graphs."""
+        if self._graphs is None or any(each.num_tokens != 1 for each in plan.scheduled):
+            return None
+        sequences = [scheduled.sequence for scheduled in plan.scheduled]
+        token_ids = [each.token_ids[each.num_computed_tokens] for each in sequences]
+        return self._graphs.run(_spans(plan.scheduled), token_ids)
 
     def _batch(self, scheduled: tuple[ScheduledSequence, ...]) -> Batch:
         spans = _spans(scheduled)
@@ -150,6 +173,14 @@ def _sampling_rows(scheduled: ScheduledSequence) -> list[SamplingRow]:
         token_ids = [*sequence.token_ids, *scheduled.draft[:length]]
         rows.append(SamplingRow(params, token_ids, num_prompt_tokens))
     return rows
+
+
+def _decode_graphs(model: Transformer, cache: KVCache) -> DecodeGraphs | None:
+    if not has_kernels(model.device):
+        return None
+    from understudy.runtime.model.kernels.decode_graphs import DecodeGraphs
+
+    return DecodeGraphs(model, cache)
 
 
 def _spans(scheduled: tuple[ScheduledSequence, ...]) -> list[Span]:

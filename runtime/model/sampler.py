@@ -22,6 +22,7 @@ from torch import Tensor
 
 from understudy.protocol.request import SamplingParams, TokenLogprobs
 from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
+from understudy.runtime.model.operations import has_kernels
 from understudy.runtime.scheduling.decision import SampledToken
 
 _GREEDY_TEMPERATURE: Final = 1e-5
@@ -66,6 +67,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._token_ids = torch.arange(vocab_size, device=device)
+        self._has_kernels = has_kernels(device)
 
     def sample(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[SampledToken]:
         """Draw a token for each row of ``logits`` ``[rows, vocab_size]``, float32.
@@ -109,6 +111,8 @@ class Sampler:
                 logits[torch.tensor(forbidden, device=self._device)] = -math.inf
 
     def _draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
+        if self._has_kernels:
+            return _drawn_by_kernels(logits, rows)
         # One argmax for everyone, even for rows that will draw: it costs less than choosing rows.
         tokens: list[int] = logits.argmax(dim=1).tolist()
         truncated = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_truncated]
@@ -210,6 +214,23 @@ class Sampler:
 
     def _column(self, values: Rows[float], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device).unsqueeze(1)
+
+
+def _drawn_by_kernels(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
+    from understudy.runtime.model.kernels.sampling import Draw, draw_tokens
+
+    draws = [
+        Draw(
+            temperature=0.0 if row.is_greedy else row.params.temperature,
+            key=signed(noise_key(row.params.seed, row.position)),
+            top_k=row.params.top_k,
+            top_p=row.params.top_p,
+            min_p=row.params.min_p,
+        )
+        for row in rows
+    ]
+    tokens: list[int] = draw_tokens(logits, draws).tolist()
+    return tokens
 
 
 def _rows_of(logits: Tensor, some: list[int]) -> Tensor:

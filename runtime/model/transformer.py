@@ -7,29 +7,25 @@
                                                     └ norm ─ gated MLP ─ add
 
 Works on a flat batch: one row a token, whichever sequence it belongs to. Only attention knows that
-rows belong to sequences; it is told by an ``AttentionPlan``. Families differ in what is present
+rows belong to sequences; it is told by a plan. Families differ in what is present
 (biases, norms of queries and keys, a tied output embedding), never in the flow.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
 from torch import Tensor
 
-from understudy.runtime.model.attention import AttentionPlan, PagedAttention
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import KVCache, LayerCache
-from understudy.runtime.model.layers import (
-    Linear,
-    rms_norm,
-    silu_and_multiply,
-)
+from understudy.runtime.model.layers import Linear, rms_norm
 from understudy.runtime.model.numerics import Numerics, RowTiles, common_row_counts
-from understudy.runtime.model.rope import RotaryEmbedding, Rotation, rotate
+from understudy.runtime.model.operations import parts_for
+from understudy.runtime.model.rope import RotaryEmbedding, Rotation
 
 _LAYER_ROWS_MAX = 256
 _HEAD_ROWS_MAX = 64
@@ -74,7 +70,8 @@ class Batch(NamedTuple):
     """Where the KV cache keeps each token; padding has none, so this is shorter."""
     tiles: tuple[int, ...]
     """How linears cut the rows."""
-    attention: AttentionPlan
+    attention: Any
+    """The plan of the model's attention."""
 
 
 class Transformer:
@@ -85,7 +82,7 @@ class Transformer:
         self.numerics = numerics
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
-        self.attention = PagedAttention(
+        self._operations, self.attention = parts_for(
             config, numerics=numerics, dtype=self.dtype, device=self.device
         )
         self._weights = weights
@@ -101,14 +98,17 @@ class Transformer:
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Compute a batch's hidden states ``[rows, hidden_size]``; fills the cache on the way."""
+        operations = self._operations
         hidden = F.embedding(batch.token_ids, self._weights.embedding)
         rotation = self._rope(batch.positions)
+        delta: Tensor | None = None
         for layer, layer_cache in zip(self._weights.layers, cache.layers, strict=True):
-            hidden = hidden + self._attend(hidden, layer, layer_cache, rotation, batch)
-            normed = rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)
-            activated = silu_and_multiply(layer.gate_up(normed, batch.tiles))
-            hidden = hidden + layer.down(activated, batch.tiles)
-        return hidden
+            summed = operations.add_and_normalise(hidden, delta, layer.attention_norm)
+            delta = self._attend(summed.normed, layer, layer_cache, rotation, batch)
+            summed = operations.add_and_normalise(summed.hidden, delta, layer.mlp_norm)
+            activated = operations.silu_and_multiply(layer.gate_up(summed.normed, batch.tiles))
+            hidden, delta = summed.hidden, layer.down(activated, batch.tiles)
+        return hidden if delta is None else hidden + delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[rows, vocab_size]``, float32, of some rows of hidden states."""
@@ -120,25 +120,17 @@ class Transformer:
 
     def _attend(
         self,
-        hidden: Tensor,
+        normed: Tensor,
         layer: LayerWeights,
         cache: LayerCache,
         rotation: Rotation,
         batch: Batch,
     ) -> Tensor:
-        config = self.config
-        normed = rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
-        heads = layer.qkv(normed, batch.tiles).view(len(hidden), -1, config.head_dim)
-        num_rotated = config.num_heads + config.num_kv_heads
-        rotated = heads[:, :num_rotated]
-        if layer.qk_norm is not None:
-            rotated = F.rms_norm(rotated, (config.head_dim,), eps=config.rms_norm_eps)
-            rotated = rotated * layer.qk_norm
-        rotated = rotate(rotated, rotation)
-        num_tokens = len(batch.slots)
-        keys, values = rotated[:, config.num_heads :], heads[:, num_rotated:]
-        cache.write(batch.slots, keys[:num_tokens], values[:num_tokens])
-        attended = self.attention.attend(rotated, cache, batch.attention)
+        heads = layer.qkv(normed, batch.tiles).view(len(normed), -1, self.config.head_dim)
+        query = self._operations.rotate_and_store(
+            heads, layer.qk_norm, rotation, batch.slots, cache
+        )
+        attended = self.attention.attend(query, cache, batch.attention)
         return layer.attention_output(attended, batch.tiles)
 
 

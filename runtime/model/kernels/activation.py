@@ -1,0 +1,97 @@
+"""The gated activation, with or without quantisation of its result."""
+
+from typing import Final
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from understudy.runtime.model.kernels.normalisation import (
+    QuantisedRows,
+    quantise_block,
+    round_half_even,
+    scale_and_factor,
+)
+
+_BLOCK: Final = 1024
+_ROW_BLOCK: Final = 8192
+
+
+def silu_and_multiply(gate_and_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer, arXiv:2002.05202) of ``[rows, 2 * width]``."""
+    rows, width = len(gate_and_up), gate_and_up.shape[1] // 2
+    output = gate_and_up.new_empty(rows, width)
+    _silu_kernel[(rows, triton.cdiv(width, _BLOCK))](
+        gate_and_up, output, width, block=_BLOCK, num_warps=4
+    )
+    return output
+
+
+def silu_and_multiply_quantised(gate_and_up: Tensor) -> QuantisedRows:
+    """The same, each row as int8 and a scale."""
+    rows, width = len(gate_and_up), gate_and_up.shape[1] // 2
+    output = QuantisedRows.empty(rows, width, gate_and_up.device)
+    block = min(triton.next_power_of_2(width), _ROW_BLOCK)
+    _silu_quantise_kernel[(rows,)](
+        gate_and_up, *output, width, block=block, num_warps=_num_warps(block)
+    )
+    return output
+
+
+def quantise_rows(x: Tensor) -> QuantisedRows:
+    """Rows of ``[rows, width]`` as int8 and a scale each."""
+    rows, width = x.shape
+    output = QuantisedRows.empty(rows, width, x.device)
+    block = triton.next_power_of_2(width)
+    _quantise_kernel[(rows,)](x, *output, width, block=block, num_warps=_num_warps(block))
+    return output
+
+
+def _num_warps(block: int) -> int:
+    """So many that a row held as one block stays in registers."""
+    return min(max(block // 1024, 1), 32)
+
+
+@triton.jit
+def _activated(gates, columns, width):
+    """The activation, in the model's dtype: what the next product sees, quantised or not."""
+    mask = columns < width
+    gate = tl.load(gates + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gates + width + columns, mask=mask, other=0.0).to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate)) * up).to(gates.dtype.element_ty)
+
+
+@triton.jit
+def _silu_kernel(gate_and_up, output, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    x = _activated(gate_and_up + row * (2 * width), columns, width)
+    tl.store(output + row * width + columns, x, mask=columns < width)
+
+
+@triton.jit
+def _silu_quantise_kernel(gate_and_up, values, scales, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    gates = gate_and_up + row * (2 * width)
+    largest = tl.zeros([block], tl.float32)
+    for start in range(0, width, block):
+        x = _activated(gates, start + tl.arange(0, block), width).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    scale, factor = scale_and_factor(tl.max(largest, 0))
+    # Computed again: what was read is still in the cache, and a whole row outgrows the registers.
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        x = _activated(gates, columns, width).to(tl.float32)
+        quantised = round_half_even(x * factor).to(tl.int8)
+        tl.store(values + row * width + columns, quantised, mask=columns < width)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _quantise_kernel(x, values, scales, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    mask = columns < width
+    places = row * width + columns
+    numbers = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+    quantise_block(numbers, values, scales, row, places, mask)

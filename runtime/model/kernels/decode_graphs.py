@@ -1,0 +1,150 @@
+"""Decoding by CUDA graphs: a step of single tokens is one launch.
+
+A graph is recorded for a number of rows and a length of contexts; a step takes the smallest that
+holds it and pads its batch. All that differs between two steps of a graph is one tensor of
+integers, which is copied to the device before the graph is replayed::
+
+    ├ token ids ┼ positions ┼ slots ┼ tokens of each ┼ block tables ┤
+      rows        rows        rows    rows             rows · blocks
+
+Padding rows belong to no sequence: they have no slot, and attention leaves them out.
+
+Graphs are recorded when they are first needed, and each takes a fraction of a second then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from understudy.runtime.model.attention import Span
+from understudy.runtime.model.kernels.attention import TritonAttention
+from understudy.runtime.model.kernels.paged_attention import SPLIT_KEYS
+from understudy.runtime.model.kv_cache import KVCache
+from understudy.runtime.model.transformer import Batch, Transformer
+
+_BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+_WARM_UPS: Final = 2
+"""Steps before the recording, in which kernels are compiled and libraries settle."""
+
+
+class Decoded(NamedTuple):
+    """A step's results, valid until the next step."""
+
+    hidden: Tensor
+    """``[sequences, hidden_size]``."""
+    logits: Tensor
+    """``[sequences, vocab_size]``, float32."""
+
+
+class DecodeGraphs:
+    """The graphs of one model and one KV cache."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        assert isinstance(model.attention, TritonAttention)
+        self._model = model
+        self._cache = cache
+        self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def run(self, spans: Sequence[Span], token_ids: Sequence[int]) -> Decoded | None:
+        """Compute a step in which each sequence has one token; None if it is too large."""
+        size = next((size for size in _BATCH_SIZES if size >= len(spans)), None)
+        if size is None:
+            return None
+        longest = max(span.position for span in spans) + 1
+        # Powers of two, so that a long context meets few recordings on its way.
+        num_keys = SPLIT_KEYS << max(-(-longest // SPLIT_KEYS) - 1, 0).bit_length()
+        graph = self._graphs.get((size, num_keys))
+        if graph is None:
+            graph = _DecodeGraph(self._model, self._cache, size, num_keys, self._pool)
+            self._graphs[size, num_keys] = graph
+        graph.fill(spans, token_ids)
+        graph.replay()
+        return Decoded(graph.hidden[: len(spans)], graph.logits[: len(spans)])
+
+
+class _DecodeGraph:
+    """One recording."""
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, size: int, num_keys: int, pool: Any
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        tiles = model.tiles.cut(size)
+        rows = sum(tiles)
+        width = -(-num_keys // cache.block_size)
+        self._host = _pinned(rows * (4 + width))
+        self._inputs = torch.zeros_like(self._host, device=model.device)
+        self._copied = torch.cuda.Event()
+        parts = [rows, rows, rows, rows, rows * width]
+        views = [part.numpy() for part in torch.split(self._host, parts)]
+        self._token_ids, self._positions, self._slots, self._num_tokens = views[:4]
+        self._tables: npt.NDArray[np.int32] = views[4].reshape(rows, width)
+        self._slots.fill(-1)
+        self._batch = self._batch_of(tiles, num_keys, torch.split(self._inputs, parts))
+        self._send()
+        self.hidden, self.logits = self._record(pool)
+
+    def fill(self, spans: Sequence[Span], token_ids: Sequence[int]) -> None:
+        """Say what the next replay computes."""
+        self._copied.synchronize()
+        count, block_size = len(spans), self._cache.block_size
+        self._num_tokens[:count] = 1
+        self._num_tokens[count:] = 0
+        self._slots[count:] = -1
+        self._token_ids[:count] = token_ids
+        for row, span in enumerate(spans):
+            num_blocks = span.position // block_size + 1
+            self._tables[row, :num_blocks] = span.block_table[:num_blocks]
+            self._positions[row] = span.position
+        positions = self._positions[:count]
+        blocks = self._tables[np.arange(count), positions // block_size]
+        self._slots[:count] = blocks * block_size + positions % block_size
+        self._send()
+
+    def replay(self) -> None:
+        """Compute."""
+        self._graph.replay()
+
+    def _send(self) -> None:
+        self._inputs.copy_(self._host, non_blocking=True)
+        self._copied.record()
+
+    def _batch_of(self, tiles: tuple[int, ...], num_keys: int, parts: Sequence[Tensor]) -> Batch:
+        attention = self._model.attention
+        assert isinstance(attention, TritonAttention)
+        token_ids, positions, slots, num_tokens, tables = parts
+        plan = attention.decode_plan(
+            num_tokens,
+            positions,
+            tables.view(len(token_ids), -1),
+            longest=num_keys,
+            block_size=self._cache.block_size,
+        )
+        return Batch(token_ids, positions, slots, tiles, plan)
+
+    def _compute(self) -> Decoded:
+        hidden = self._model.forward(self._batch, self._cache)
+        return Decoded(hidden, self._model.logits(hidden))
+
+    def _record(self, pool: Any) -> Decoded:
+        side = torch.cuda.Stream(self._model.device)
+        side.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._compute()
+        torch.cuda.current_stream(self._model.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            return self._compute()
+
+
+def _pinned(length: int) -> Tensor:
+    return torch.zeros(length, dtype=torch.int32, pin_memory=True)

@@ -1,0 +1,150 @@
+"""What a layer does between its matrix products, and which way a device does it.
+
+On a CPU, plain torch. On a GPU, Triton kernels that do several things in one pass; where Triton is
+missing, plain torch again, slower. The kernels are imported only when they are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
+from torch import Tensor
+
+from understudy.runtime.model.attention import PagedAttention, Span
+from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.kv_cache import LayerCache
+from understudy.runtime.model.layers import rms_norm, silu_and_multiply
+from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.rope import Rotation, rotate
+
+
+class Summed(NamedTuple):
+    """A residual stream and its norm, ``[rows, hidden_size]`` each."""
+
+    hidden: Tensor
+    normed: Tensor
+
+
+class Operations(Protocol):
+    """The steps of a layer that are no matrix products."""
+
+    def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
+        """``hidden + delta``, and its norm."""
+
+    def rotate_and_store(
+        self,
+        heads: Tensor,
+        qk_norm: Tensor | None,
+        rotation: Rotation,
+        slots: Tensor,
+        cache: LayerCache,
+    ) -> Tensor:
+        """Norm and rotate queries and keys, store keys and values, return what attention takes.
+
+        ``heads`` is ``[rows, heads + 2 · kv_heads, head_dim]``. A row without a slot is padding.
+        """
+
+    def silu_and_multiply(self, gate_and_up: Tensor) -> Tensor:
+        """The gated activation of ``[rows, 2 * width]``."""
+
+
+class Attention(Protocol):
+    """The one interface between the transformer and the KV cache's layout.
+
+    A plan is the implementation's own: what ``plan`` gave, ``attend`` takes.
+    """
+
+    def plan(self, spans: Sequence[Span], *, num_rows: int, block_size: int, zero_slot: int) -> Any:
+        """Lay out a step: ``num_rows`` rows, padding included, of which ``spans`` are real."""
+
+    def attend(self, heads: Tensor, cache: LayerCache, plan: Any) -> Tensor:
+        """Attend to a cache that holds the step's own keys and values already."""
+
+
+class PlainOperations:
+    """In plain torch, for any device; the oracle of the kernels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
+    def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
+        """See ``Operations``."""
+        if delta is not None:
+            hidden = hidden + delta
+        return Summed(hidden, rms_norm(hidden, weight, self._config.rms_norm_eps))
+
+    def rotate_and_store(
+        self,
+        heads: Tensor,
+        qk_norm: Tensor | None,
+        rotation: Rotation,
+        slots: Tensor,
+        cache: LayerCache,
+    ) -> Tensor:
+        """See ``Operations``; gives queries and keys, float32."""
+        config = self._config
+        num_rotated = config.num_heads + config.num_kv_heads
+        rotated = heads[:, :num_rotated]
+        if qk_norm is not None:
+            rotated = F.rms_norm(rotated, (config.head_dim,), eps=config.rms_norm_eps)
+            rotated = rotated * qk_norm
+        rotated = rotate(rotated, rotation)
+        num_tokens = len(slots)
+        keys, values = rotated[:, config.num_heads :], heads[:, num_rotated:]
+        cache.write(slots, keys[:num_tokens], values[:num_tokens])
+        return rotated
+
+    def silu_and_multiply(self, gate_and_up: Tensor) -> Tensor:
+        """See ``Operations``."""
+        return silu_and_multiply(gate_and_up)
+
+
+class Parts(NamedTuple):
+    """A device's way of computing a layer."""
+
+    operations: Operations
+    attention: Attention
+
+
+def parts_for(
+    config: ModelConfig, *, numerics: Numerics, dtype: torch.dtype, device: torch.device
+) -> Parts:
+    """The quickest way of this device."""
+    if has_kernels(device):
+        from understudy.runtime.model.kernels.attention import TritonAttention
+        from understudy.runtime.model.kernels.operations import TritonOperations
+
+        return Parts(
+            TritonOperations(config),
+            TritonAttention(config, numerics=numerics, dtype=dtype, device=device),
+        )
+    return Parts(
+        PlainOperations(config),
+        PagedAttention(config, numerics=numerics, dtype=dtype, device=device),
+    )
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether a device computes with the Triton kernels."""
+    return device.type == "cuda" and _triton_version() is not None
+
+
+def kernels_name(device: torch.device) -> str:
+    """What computes on a GPU, for the class of its numerics."""
+    return f"triton-{_triton_version()}" if has_kernels(device) else "torch"
+
+
+@cache
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        from understudy.runtime.log import get_logger
+
+        get_logger().warning("triton is missing: the GPU computes with plain torch, slower")
+        return None
+    return str(triton.__version__)

@@ -1,0 +1,66 @@
+"""The kernels draw what the plain sampler draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from understudy.protocol.request import SamplingParams
+from understudy.runtime.model.kernels.sampling import Draw, draw_tokens
+from understudy.runtime.model.noise import noise_key, signed
+from understudy.runtime.model.sampler import Sampler, SamplingRow
+
+CPU = torch.device("cpu")
+
+
+def draws_of(rows: list[SamplingRow]) -> list[Draw]:
+    return [
+        Draw(
+            0.0 if row.is_greedy else row.params.temperature,
+            signed(noise_key(row.params.seed, row.position)),
+            row.params.top_k,
+            row.params.top_p,
+            row.params.min_p,
+        )
+        for row in rows
+    ]
+
+
+def params_of(index: int) -> SamplingParams:
+    kinds = (
+        SamplingParams(index, 9, temperature=0.0, top_k=3),
+        SamplingParams(index, 9, temperature=0.7),
+        SamplingParams(index, 9, temperature=1.3, top_k=7),
+        SamplingParams(index, 9, top_p=0.8),
+        SamplingParams(index, 9, top_p=0.5, top_k=100, temperature=2.0),
+        SamplingParams(index, 9, min_p=0.1),
+        SamplingParams(index, 9, min_p=0.02, top_p=0.97, top_k=300),
+        SamplingParams(index, 9, top_k=1 << 20, top_p=1e-9),
+    )
+    return kinds[index % len(kinds)]
+
+
+@pytest.mark.parametrize("vocab_size", [5, 300, 4200])
+@pytest.mark.parametrize("has_ties", [True, False])
+def test_tokens_are_the_plain_samplers(vocab_size: int, has_ties: bool) -> None:
+    count = 8
+    logits: Tensor = torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(1)) * 3
+    if has_ties:
+        logits = logits.mul(2).round().div(2)
+    logits[1, ::3] = -torch.inf
+    rows = [SamplingRow(params_of(index), [1, 2, 3], 1) for index in range(count)]
+    expected = [each.token_id for each in Sampler(vocab_size, CPU).sample(logits.clone(), rows)]
+    assert draw_tokens(logits, draws_of(rows)).tolist() == expected
+
+
+def test_a_broken_row_gives_some_token_and_spoils_no_other() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
+    rows = [SamplingRow(SamplingParams(index, 9, top_k=5), [1], 1) for index in range(3)]
+    expected = draw_tokens(logits, draws_of(rows)).tolist()
+    logits[1, 7] = torch.nan
+    found = draw_tokens(logits, draws_of(rows)).tolist()
+    assert found[::2] == expected[::2]
+    assert 0 <= found[1] < 50

@@ -1,0 +1,316 @@
+"""Measures decoding, prompts and a whole run on a card, as shares of what the card can do at most.
+
+What a step must at least take follows from two rates that are measured first: weights are read once
+or multiplied, whichever takes longer, and then keys and values are read once::
+
+    floor = max(weight bytes / bandwidth, operations / rate of products) + KV bytes / bandwidth
+
+Results are printed and written after each row, so that a run that is cut short has told what it
+knew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from understudy.protocol.request import Request, SamplingParams
+from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
+from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.runner import ModelRunner
+from understudy.runtime.model.transformer import Transformer
+from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
+from understudy.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
+from understudy.runtime.scheduling.sequence import Sequence
+from understudy.tools.gpu.check import EXIT_NO_CARD, EXIT_OK
+from understudy.tools.gpu.shapes import (
+    LLAMA_3_8B,
+    QWEN_2_5_05B,
+    QWEN_2_5_7B,
+    QWEN_3_06B,
+    layer_parameters,
+    random_model,
+)
+
+_BLOCK_SIZE: Final = 16
+_CONTEXT: Final = 1024
+_BATCHES: Final = (1, 32, 128, 256)
+_PROMPTS: Final = (2048, 8192)
+_STEPS: Final = 20
+_WARM_UPS: Final = 3
+_LIMIT_S: Final = 420.0
+_RUN_SEQUENCES: Final = 256
+_RUN_TOKENS: Final = (100, 1024)
+_RUN_BATCH_TOKENS: Final = 16384
+
+
+class Card(NamedTuple):
+    """What the card does at most, as measured."""
+
+    bytes_per_s: float
+    operations_per_s: float
+
+
+Row = dict[str, Any]
+
+
+class Report:
+    """Rows, printed and written as they come."""
+
+    def __init__(self, path: Path | None, limit_s: float) -> None:
+        self._path = path
+        self._stop = time.monotonic() + limit_s
+        self.rows: list[Row] = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no time for another row."""
+        return time.monotonic() > self._stop
+
+    def add(self, row: Row) -> None:
+        """Print and keep a row."""
+        self.rows.append(row)
+        numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        print("  ".join(f"{name}={value}" for name, value in numbers.items()), flush=True)
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+
+    def try_to(self, name: str, measure: Callable[[], Row]) -> None:
+        """Add what is measured, or why it was not."""
+        if self.is_over:
+            self.add({"row": name, "skipped": "no time left"})
+            return
+        try:
+            with torch.inference_mode():
+                self.add({"row": name} | measure())
+        except Exception as error:  # noqa: BLE001 - the other rows tell more
+            self.add({"row": name, "error": f"{type(error).__name__}: {error}"[:300]})
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    """Measure everything that there is time for."""
+    parser = argparse.ArgumentParser(
+        prog="tools/gpu_bench", description="example: python tools/gpu_bench --json bench.json"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this file, after each one")
+    parser.add_argument("--limit-s", type=float, default=_LIMIT_S, help="begin no row after this")
+    parser.add_argument("--only", default="", help="measure the models whose names contain this")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_bench: torch sees no GPU here; nothing was measured", file=sys.stderr)
+        return EXIT_NO_CARD
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    report = Report(arguments.json, arguments.limit_s)
+    card = _measure_card(device)
+    report.add({"row": "card", "name": torch.cuda.get_device_name(device)} | card._asdict())
+    models = (
+        ("Qwen2.5-0.5B", QWEN_2_5_05B, False),
+        ("Llama-3-8B", LLAMA_3_8B, False),
+        ("Llama-3-8B int8", LLAMA_3_8B, True),
+        ("Qwen2.5-7B", QWEN_2_5_7B, False),
+        ("Qwen2.5-7B int8", QWEN_2_5_7B, True),
+        ("Qwen3-0.6B", QWEN_3_06B, False),
+    )
+    for name, config, is_int8 in models:
+        if arguments.only in name and not report.is_over:
+            _measure_model(report, card, name, config, device, is_int8=is_int8)
+    return EXIT_OK
+
+
+def _measure_model(
+    report: Report, card: Card, name: str, config: ModelConfig, device: torch.device, *,
+    is_int8: bool,
+) -> None:  # fmt: skip
+    with torch.inference_mode():
+        model = random_model(config, device, is_int8=is_int8)
+    for batch in _BATCHES:
+        report.try_to(
+            f"{name} decode {batch}", partial(_decode, model, card, batch, is_int8=is_int8)
+        )
+    if config.hidden_size == 4096:
+        for length in _PROMPTS:
+            report.try_to(
+                f"{name} prompt {length}",
+                partial(_prompt, model, card, length, is_int8=is_int8),
+            )
+    if config.hidden_size < 2048:
+        report.try_to(f"{name} run", partial(_run, model))
+
+
+def _measure_card(device: torch.device) -> Card:
+    source = torch.empty(1 << 30, dtype=torch.int8, device=device).random_()
+    target = torch.empty_like(source)
+    copied = _median_ms(lambda: target.copy_(source))
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    product = _median_ms(lambda: a @ b)
+    return Card(2 * source.nbytes / copied * 1e3, 2 * 8192**3 / product * 1e3)
+
+
+def _median_ms(work: Callable[[], object], repeats: int = _STEPS) -> float:
+    """Device time of some work, milliseconds."""
+    for _ in range(_WARM_UPS):
+        work()
+    times: list[float] = []
+    for _ in range(repeats):
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _floor_ms(
+    config: ModelConfig, card: Card, *, tokens: int, sampled: int, context: int, is_int8: bool
+) -> float:
+    """What a step must take: each of ``sampled`` sequences reads ``context`` keys and values."""
+    layers, head = layer_parameters(config), config.vocab_size * config.hidden_size
+    weight_bytes = layers * (1 if is_int8 else 2) + 2 * head
+    # Integer products have twice the rate.
+    operations = 2 * layers * tokens / (2 if is_int8 else 1) + 2 * head * sampled
+    width = config.num_heads * config.head_dim * config.num_layers
+    if tokens > sampled:
+        operations += 2 * width * tokens * (tokens + 1)
+    kv_bytes = 4 * config.num_kv_heads * config.head_dim * config.num_layers * context * sampled
+    products_s = max(weight_bytes / card.bytes_per_s, operations / card.operations_per_s)
+    return 1e3 * (products_s + kv_bytes / card.bytes_per_s)
+
+
+def _sequences(model: Transformer, count: int, length: int) -> list[Sequence]:
+    blocks_each = -(-length // _BLOCK_SIZE)
+    order = list(range(count * blocks_each))
+    random.Random(0).shuffle(order)  # noqa: S311 - blocks lie anywhere, as after a while
+    sequences = []
+    for index in range(count):
+        tokens = tuple((7919 * index + 31 * i) % model.vocab_size for i in range(length))
+        params = SamplingParams(seed=index, max_tokens=9, temperature=0.0)
+        sequence = Sequence(Request(index, index, tokens, params), attempt=1)
+        sequence.block_table = order[index * blocks_each : (index + 1) * blocks_each]
+        sequences.append(sequence)
+    return sequences
+
+
+def _decode(model: Transformer, card: Card, batch: int, *, is_int8: bool) -> Row:
+    num_blocks = batch * -(-_CONTEXT // _BLOCK_SIZE)
+    runner = ModelRunner(model, num_blocks=num_blocks, block_size=_BLOCK_SIZE)
+    sequences = _sequences(model, batch, _CONTEXT)
+    for sequence in sequences:
+        sequence.num_computed_tokens = _CONTEXT - 1
+    plan = StepPlan(0, tuple(ScheduledSequence(sequence, 1) for sequence in sequences))
+    begin = time.monotonic()
+    runner.execute(plan)
+    first_s = time.monotonic() - begin
+    (graph,) = runner._graphs._graphs.values() if runner._graphs else (None,)
+    device_ms = _median_ms(graph.replay if graph else lambda: runner.logits(plan))
+    for _ in range(_WARM_UPS):
+        runner.execute(plan)
+    begin = time.monotonic()
+    for _ in range(_STEPS):
+        runner.execute(plan)
+    step_ms = (time.monotonic() - begin) / _STEPS * 1e3
+    floor = _floor_ms(
+        model.config, card, tokens=batch, sampled=batch, context=_CONTEXT, is_int8=is_int8
+    )
+    return {
+        "device_ms": device_ms,
+        "step_ms": step_ms,
+        "floor_ms": floor,
+        "share_of_floor": floor / device_ms,
+        "idle_share": max(0.0, 1 - device_ms / step_ms),
+        "first_s": first_s,
+    }
+
+
+def _prompt(model: Transformer, card: Card, length: int, *, is_int8: bool) -> Row:
+    runner = ModelRunner(model, num_blocks=-(-length // _BLOCK_SIZE), block_size=_BLOCK_SIZE)
+    sequences = _sequences(model, 1, length)
+    plan = StepPlan(0, (ScheduledSequence(sequences[0], length),))
+    device_ms = _median_ms(lambda: runner.logits(plan), repeats=5)
+    floor = _floor_ms(model.config, card, tokens=length, sampled=1, context=length, is_int8=is_int8)
+    return {
+        "device_ms": device_ms,
+        "floor_ms": floor,
+        "share_of_floor": floor / device_ms,
+        "tokens_per_s": length / device_ms * 1e3,
+    }
+
+
+def _run_requests(vocab_size: int) -> Iterator[Request]:
+    """nano-vllm's benchmark: prompts and outputs of 100 to 1024 tokens, drawn evenly."""
+    source = random.Random(0)  # noqa: S311 - a workload, no secret
+    for index in range(_RUN_SEQUENCES):
+        prompt = [
+            source.randint(0, 10000) % vocab_size for _ in range(source.randint(*_RUN_TOKENS))
+        ]
+        params = SamplingParams(
+            seed=index, max_tokens=source.randint(*_RUN_TOKENS), temperature=0.6
+        )
+        yield Request(index, index, tuple(prompt), params)
+
+
+def _run(model: Transformer) -> Row:
+    num_blocks = _RUN_SEQUENCES * -(-2 * _RUN_TOKENS[1] // _BLOCK_SIZE)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=_RUN_SEQUENCES,
+            max_num_batched_tokens=_RUN_BATCH_TOKENS,
+            max_model_len=4096,
+            block_size=_BLOCK_SIZE,
+        ),
+        KVCacheManager(num_blocks=num_blocks, block_size=_BLOCK_SIZE),
+    )
+    runner = ModelRunner(model, num_blocks=num_blocks, block_size=_BLOCK_SIZE)
+    _warm_up(model, runner)
+    requests = list(_run_requests(model.vocab_size))
+    for request in requests:
+        scheduler.add(Sequence(request, attempt=0))
+    begin = time.monotonic()
+    num_steps, scheduling_s = 0, 0.0
+    while True:
+        before = time.monotonic()
+        plan = scheduler.schedule()
+        scheduling_s += time.monotonic() - before
+        if plan is None:
+            break
+        sampled = runner.execute(plan)
+        before = time.monotonic()
+        scheduler.update(plan, sampled)
+        scheduling_s += time.monotonic() - before
+        num_steps += 1
+    seconds = time.monotonic() - begin
+    num_tokens = sum(request.params.max_tokens for request in requests)
+    return {
+        "tokens_per_s": num_tokens / seconds,
+        "seconds": seconds,
+        "steps": num_steps,
+        "scheduling_share": scheduling_s / seconds,
+    }
+
+
+def _warm_up(model: Transformer, runner: ModelRunner) -> None:
+    """Record all graphs and compile all kernels: a server has done it before it counts."""
+    for length in (500, 1000, 2000):
+        for batch in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256):
+            sequences = _sequences(model, batch, length)
+            for sequence in sequences:
+                sequence.num_computed_tokens = length - 1
+            shares = tuple(ScheduledSequence(sequence, 1) for sequence in sequences)
+            runner.execute(StepPlan(0, shares))
+    for sequence in _sequences(model, 2, 600):
+        runner.execute(StepPlan(0, (ScheduledSequence(sequence, 600),)))
