@@ -264,9 +264,18 @@ class Supervisor:
                 self._send_canary(member, now)
 
     def _send_canary(self, engine: Member, now: float) -> None:
+        for lost in self._call_off_canaries(engine):  # with the session in which it was sent
+            self.outbox.send(engine.identity, Cancel(lost))
         request = canary_request(next(self._canary_ids))
         self._canaries[request.request_id] = Canary(engine, now + CANARY_WITHIN_S)
         self.outbox.send(engine.identity, Assign(request, 1))
+
+    def _call_off_canaries(self, engine: Member) -> list[int]:
+        """Wait for no answer of this engine any more; gives what it was asked."""
+        lost = [number for number, canary in self._canaries.items() if canary.engine is engine]
+        for number in lost:
+            del self._canaries[number]
+        return lost
 
     def _without_canaries(
         self, rows: tuple[TokenRow, ...], engine: Member, now: float
@@ -327,11 +336,7 @@ class Supervisor:
         if member.role is Role.ENGINE:
             suspects = self._stage.fatal_step(member.name, member.identity)
             self._dispatcher.engine_fell(member.identity, suspects, now)
-            self._canaries = {
-                request_id: canary
-                for request_id, canary in self._canaries.items()
-                if canary.engine is not member
-            }
+            self._call_off_canaries(member)
         else:
             self._dispatcher.gateway_left(member.identity, now)
 

@@ -31,6 +31,7 @@ from understudy.protocol.messages import (
 )
 from understudy.protocol.request import Request
 from understudy.runtime.control.admission import AdmissionLimits
+from understudy.runtime.control.health import KILL_SILENT_AFTER_S, STEP_BUDGET_MAX_S
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR, Effect, Outbox, Send
@@ -48,6 +49,8 @@ SCHEDULER: Final = SchedulerConfig(
 STEP_S: Final = 0.01
 RETRY_AFTER_S: Final = 0.25
 LEFTOVERS_END_S: Final = 90.0
+VERDICTS_END_S: Final = KILL_SILENT_AFTER_S + 5.0
+"""After the last fault: by then whoever had to be killed for it is dead."""
 
 
 CHECK_EVERY_TURNS: Final = 10
@@ -259,6 +262,7 @@ class Cluster:
                 self.loop.actor(LAUNCHER).outbox.send(SUPERVISOR, told)
                 self.loop.wake(LAUNCHER)
 
+        self._expect_trouble(until=at + back_after_s)
         self.loop.at(at, crash)
         self.loop.at(at + back_after_s, lambda: self._restart(name))
 
@@ -293,6 +297,7 @@ class Cluster:
             self.disk.faults.kill_after_bytes = None
             self._restart(SUPERVISOR)
 
+        self._expect_trouble(until=at + back_after_s)
         self.loop.at(at, crash)
         self.loop.at(at + back_after_s, restart)
 
@@ -307,13 +312,13 @@ class Cluster:
                 if client.is_in and client.gateway == name and client.end is None:
                     self._join_again(client)
 
+        self._expect_trouble(until=at + back_after_s)
         self.loop.at(at, crash)
         self.loop.at(at + back_after_s, lambda: self._restart(name))
 
     def freeze(self, name: str, *, at: float, seconds: float) -> None:
         """Stop a process for a while, as SIGSTOP does."""
-
-        self._calm_at = max(self._calm_at, at + seconds)
+        self._expect_trouble(until=at + seconds)
 
         def stop() -> None:
             if self.loop.is_on_stage(name):
@@ -323,6 +328,7 @@ class Cluster:
 
     def delay_step(self, name: str, *, at: float, seconds: float) -> None:
         """Let an engine's next step take so much longer, while its process goes on to beat."""
+        self._expect_trouble(until=at + min(seconds, STEP_BUDGET_MAX_S))
         self.loop.at(at, lambda: self.stage.delays_s.update({name: seconds}))
 
     def fill_disk(self, *, at: float, seconds: float) -> None:
@@ -337,7 +343,12 @@ class Cluster:
 
     def cut(self, source: str, target: str, *, at: float, seconds: float) -> None:
         """Let nothing pass from one actor to another for a while."""
+        self._expect_trouble(until=at + seconds)
         self.loop.at(at, lambda: self.network.cut(source, target, until=at + seconds))
+
+    def _expect_trouble(self, *, until: float) -> None:
+        """A fault is planned."""
+        self._calm_at = max(self._calm_at, until)
 
     def _crash(self, name: str) -> None:
         if self.loop.is_on_stage(name):
@@ -351,6 +362,7 @@ class Cluster:
 
     def _kill(self, pid: int) -> None:
         """The supervisor has killed an engine; a launcher starts the next one."""
+        assert self.loop.now < self._calm_at + VERDICTS_END_S, f"{pid} was killed for nothing"
         for name in self.engine_names:
             if pid_of(name, self.loop.incarnation(name)) == pid and self.loop.is_on_stage(name):
                 # Not before the supervisor's turn is over.
@@ -385,6 +397,11 @@ class Cluster:
         """Whether nothing waits or runs: what clients left behind may go on for a while."""
         return not self.supervisor.dispatcher.num_living
 
+    def _is_whole(self) -> bool:
+        """Whether every engine serves."""
+        states = [engine.state for engine in self.status().engines]
+        return states == ["serving"] * len(self.engine_names)
+
     def status(self) -> StatusReply:
         """What the supervisor would tell an operator."""
         self.supervisor.handle(StatusRequest(), "operator.1", self.loop.now)
@@ -400,10 +417,11 @@ class Cluster:
         # The last cancellations may still be on their way, or a member have to be missed first.
         self.loop.run_until(max(self.loop.now, self._calm_at) + 6.0)
         self.loop.run_until(self.loop.now + LEFTOVERS_END_S, stop_when=self._is_idle)
+        self.loop.run_until(self.loop.now + LEFTOVERS_END_S, stop_when=self._is_whole)
         self.supervisor.check_integrity()
         status = self.status()
         assert (status.queued, status.running) == (0, 0)
-        assert [engine.state for engine in status.engines] == ["serving"] * len(self.engine_names)
+        assert self._is_whole(), [engine.state for engine in status.engines]
         for name in self.engine_names:
             engine = self.engine(name)
             engine.check_integrity()

@@ -46,6 +46,7 @@ from understudy.protocol.messages import (
 from understudy.protocol.request import (
     FinishReason,
 )
+from understudy.runtime.control.canary import CANARY_WITHIN_S
 from understudy.runtime.control.company import GATEWAY_SILENT_S
 from understudy.runtime.control.dispatcher import UNCLAIMED_MAX_S
 from understudy.runtime.control.health import SUSPECT_AFTER_S
@@ -338,3 +339,22 @@ def test_an_engine_that_does_not_come_back_to_the_next_supervisor_is_replaced() 
     following.assigned(ENGINES[1])
     following.keep_alive([ENGINES[1]], seconds=RECOVERY_GRACE_S + 1.0)
     assert following.assigned(ENGINES[1]) == [1]
+
+
+# Canaries
+
+
+def test_a_canary_of_a_lost_session_is_not_waited_for() -> None:
+    stage = stage_with(0)
+    capacity = Capacity(BATCH, 2048, 64, 16)
+    hello = Hello(Role.ENGINE, "engine-0", 41, capacity=capacity, protocol=PROTOCOL_VERSION)
+    stage.turn(ENGINES[0], hello)
+    (lost,) = stage.sent(ENGINES[0], Assign)
+    (welcome,) = stage.sent(ENGINES[0], Welcome)
+    stage.turn(ENGINES[0], replace(hello, last_epoch=welcome.epoch), Inventory((), is_last=True))
+    assert Cancel(lost.request.request_id) in stage.sent(ENGINES[0], Cancel)
+    stage.answer_canary(ENGINES[0])
+    stage.keep_alive([ENGINES[0]], seconds=CANARY_WITHIN_S + 1.0)
+    (engine,) = stage.status().engines
+    assert engine.state == "serving"
+    assert stage.machine.killed == []
