@@ -23,6 +23,7 @@ from understudy.protocol.messages import (
     Hello,
     Inventory,
     Message,
+    ResetPrefixCache,
     Role,
     StepOutput,
 )
@@ -154,6 +155,8 @@ class Engine:
             case Cancel(request_id):
                 self._scheduler.cancel(request_id)
                 self._outputs.pop(request_id, None)
+            case ResetPrefixCache():
+                self._kv_cache_manager.reset_prefix_cache()
             case _:
                 pass
 

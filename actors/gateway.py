@@ -29,6 +29,7 @@ from understudy.protocol.messages import (
     Message,
     Reclaim,
     Rejected,
+    ResetPrefixCache,
     Role,
     Submit,
 )
@@ -121,6 +122,12 @@ class Gateway:
         self._seekers: dict[tuple[int, str], _Search] = {}
         self._waiting: list[Callable[[bool], None]] = []
         self._hope_until: float | None = None
+
+    def reset_prefix_cache(self) -> bool:
+        """Have every engine forget what it has computed; whether anybody hears it."""
+        if self._membership.is_open:
+            self.outbox.send(SUPERVISOR, ResetPrefixCache())
+        return self._membership.is_open
 
     @property
     def is_connected(self) -> bool:

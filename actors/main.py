@@ -149,6 +149,7 @@ async def _serve_supervisor(config: SupervisorConfig) -> int:
 
 async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     # The HTTP server is imported here, so that a supervisor or an engine does not pay for it.
+    from understudy.actors.http_admin import admin_socket, serve_admin
     from understudy.actors.http_answers import HttpLimits
     from understudy.actors.http_server import serve_http, stop_http
     from understudy.runtime.served_model import ServedModel
@@ -171,8 +172,10 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     runner = await serve_http(
         gateway, loop.wake, served, listener=listener, clock=clock, limits=limits
     )
+    admin = await serve_admin(gateway, loop.wake, admin_socket(config.run_dir, config.name))
     get_logger().info("gateway is up", address=address, pid=os.getpid())
     await stopped
+    await admin.cleanup()
     await stop_http(runner)
     loop.stop()
     return 0

@@ -36,6 +36,7 @@ from understudy.protocol.messages import (
     Refused,
     ReleaseReply,
     ReleaseRequest,
+    ResetPrefixCache,
     Role,
     StatusReply,
     StatusRequest,
@@ -228,6 +229,10 @@ class Supervisor:
         match message:
             case Submit(request):
                 self._dispatcher.admit(request, identity, now)
+            case ResetPrefixCache():
+                for engine in self._company.registry.alive(Role.ENGINE):
+                    self.outbox.send(engine.identity, ResetPrefixCache())
+                    self._dispatcher.forget_prefixes(engine.identity)
             case Cancel(request_id):
                 self._dispatcher.cancel(request_id, identity, now)
             case Attach(request_id, position):

@@ -11,6 +11,7 @@ Who says what to whom::
     supervisor ──Fenced──▶ any actor                     the session is over: say Hello again
     gateway ──Submit/Cancel──▶ supervisor ──Accepted/Rejected/Deliver/Failed──▶ gateway
     gateway ──Reclaim/Attach/Lookup──▶ supervisor ──Deliver/Failed/Found──▶ gateway
+    gateway ──ResetPrefixCache──▶ supervisor ──ResetPrefixCache──▶ engine
     supervisor ──Assign/Cancel──▶ engine ──StepOutput/Inventory/Refused──▶ supervisor
     engine ──Dying──▶ supervisor;  launcher ──ProcessExited──▶ supervisor
     supervisor ──ClusterState──▶ gateway
@@ -363,6 +364,11 @@ class Refused:
     message: str
 
 
+@message(36)
+class ResetPrefixCache:
+    """Forget every computed prefix: from a gateway, and from the supervisor to each engine."""
+
+
 @message(48, datagram=True)
 class StatusRequest:
     """The command line asks how things are."""
@@ -458,6 +464,7 @@ Message: TypeAlias = (
     | Inventory
     | StepOutput
     | Refused
+    | ResetPrefixCache
     | StatusRequest
     | StatusReply
     | DrainRequest

@@ -289,6 +289,10 @@ class Dispatcher:
         self._with_engine.pop(engine, None)
         self._router.forget(engine)
 
+    def forget_prefixes(self, engine: str) -> None:
+        """An engine has no computed prefixes any more."""
+        self._router.forget(engine)
+
     def move_away(self, engine: str) -> None:
         """Take all requests from an engine that is to rest; they go on elsewhere."""
         for request_id in sorted(self._with_engine[engine]):

@@ -38,6 +38,7 @@ from understudy.protocol.messages import (
     Lookup,
     Pulse,
     Reclaim,
+    ResetPrefixCache,
     Role,
     StepOutput,
     Submit,
@@ -358,3 +359,9 @@ def test_a_canary_of_a_lost_session_is_not_waited_for() -> None:
     (engine,) = stage.status().engines
     assert engine.state == "serving"
     assert stage.machine.killed == []
+
+
+def test_every_engine_is_told_to_forget_its_prefixes() -> None:
+    stage = stage_with(2)
+    stage.turn(GATEWAY, ResetPrefixCache())
+    assert all(stage.sent(engine, ResetPrefixCache) for engine in ENGINES[:2])

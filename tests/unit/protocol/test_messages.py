@@ -42,6 +42,7 @@ TAGS = {
     "Assign": 32,
     "StepOutput": 33,
     "Refused": 34,
+    "ResetPrefixCache": 36,
     "Inventory": 35,
     "StatusRequest": 48,
     "StatusReply": 49,
