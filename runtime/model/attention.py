@@ -3,8 +3,8 @@
 A step's flat batch mixes sequences that add one token with sequences that add many. Each is a
 *span* of rows, and all that a span needs is where its context lies. Two ways lead through it:
 
-* spans of one token (decoding) are put side by side, by padded length of their contexts, so that a
-  whole group costs as few calls as one sequence;
+* short spans (decoding, and checking drafts) are put side by side, by number of tokens and padded
+  length of their contexts, so that a whole group costs as few calls as one sequence;
 * a longer span (a chunk of a prompt) gathers its context once and cuts its rows into blocks, each
   of which sees the context up to its own last token.
 
@@ -60,15 +60,16 @@ class _HeadRows(NamedTuple):
     """In the output; a row of padding goes to the output's last row, which nobody reads."""
 
 
-class _TokenGroup(NamedTuple):
-    """Spans of one token whose contexts are padded to one length."""
+class _ShortGroup(NamedTuple):
+    """Spans of as many tokens each, and few, whose contexts are padded to one length."""
 
     rows: _HeadRows
     """``[spans · kv_heads · group, padded]``."""
     head_slots: Tensor
     """Where the contexts are, in the cache as ``[slots · kv_heads, head_dim]``."""
     mask: KeyMask
-    """``[spans · kv_heads, 1, keys]``: contexts are seen, padding is not."""
+    """``[spans · kv_heads, padded, keys]``: what a row may see. Of single tokens all rows see the
+    same, and the mask has one for all."""
 
 
 class _RowBlock(NamedTuple):
@@ -94,7 +95,7 @@ class _LongSpan(NamedTuple):
 class AttentionPlan(NamedTuple):
     """Everything about a step that all layers share."""
 
-    groups: tuple[_TokenGroup, ...]
+    groups: tuple[_ShortGroup, ...]
     long_spans: tuple[_LongSpan, ...]
     output: Tensor
     """``[rows · heads + 1, head_dim]``; each layer fills it anew, the batch's padding stays 0."""
@@ -120,20 +121,20 @@ class PagedAttention:
         self, spans: Sequence[Span], *, num_rows: int, block_size: int, zero_slot: int
     ) -> AttentionPlan:
         """Lay out a step: ``num_rows`` rows, padding included, of which ``spans`` are real."""
-        single: dict[int, list[Span]] = {}
+        short: dict[tuple[int, int], list[Span]] = {}
         long_spans: list[_LongSpan] = []
         trash = num_rows * self._num_heads
         for span in spans:
             num_keys = self.shapes.padded_keys(span.position + span.num_tokens)
-            if span.num_tokens == 1 and self._group_size <= self.shapes.rows[-1]:
-                single.setdefault(num_keys, []).append(span)
+            if span.num_tokens * self._group_size <= self.shapes.rows[-1]:
+                short.setdefault((span.num_tokens, num_keys), []).append(span)
             else:
                 slots = _slots([span], num_keys, block_size, zero_slot)
                 long_spans.append(self._long_span(span, self._head_slots(slots), trash))
-        groups: list[_TokenGroup] = []
-        for num_keys, members in single.items():
+        groups: list[_ShortGroup] = []
+        for (_, num_keys), members in short.items():
             slots = _slots(members, num_keys, block_size, zero_slot)
-            groups.append(self._token_group(members, num_keys, self._head_slots(slots), trash))
+            groups.append(self._short_group(members, num_keys, self._head_slots(slots), trash))
         output = torch.zeros(trash + 1, self._head_dim, dtype=self._dtype, device=self._device)
         return AttentionPlan(tuple(groups), tuple(long_spans), output)
 
@@ -216,17 +217,21 @@ class PagedAttention:
         scatter = torch.from_numpy(np.where(is_real, tokens * self._num_heads + heads, trash))
         return _HeadRows(gather.flatten().to(self._device), scatter.flatten().to(self._device))
 
-    def _token_group(
+    def _short_group(
         self, spans: Sequence[Span], num_keys: int, head_slots: Tensor, trash: int
-    ) -> _TokenGroup:
-        num_rows = self._group_size
+    ) -> _ShortGroup:
+        num_tokens = spans[0].num_tokens
+        num_rows = num_tokens * self._group_size
         if self._exact:
             num_rows = self.shapes.padded_rows(num_rows)[0]
         starts = np.array([span.start for span in spans])
-        lengths = np.array([span.position + 1 for span in spans])
-        allowed = np.arange(num_keys) < lengths.repeat(self._num_kv_heads)[:, None, None]
-        return _TokenGroup(
-            self._head_rows(starts, 1, num_rows, trash),
+        positions = np.array([span.position for span in spans]).repeat(self._num_kv_heads)
+        # Rows of padding see what the last row sees, so that none sees nothing.
+        tokens = np.minimum(np.arange(num_rows) // self._group_size, num_tokens - 1)
+        last_seen = positions[:, None, None] + (tokens[:, None] if num_tokens > 1 else 0)
+        allowed = np.arange(num_keys) <= last_seen
+        return _ShortGroup(
+            self._head_rows(starts, num_tokens, num_rows, trash),
             head_slots.to(self._device),
             KeyMask.of(torch.from_numpy(allowed)).to(self._device),
         )
