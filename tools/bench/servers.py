@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 import msgspec
 
@@ -23,6 +27,9 @@ START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 10.0
 ROLES: Final = ("gateway", "supervisor", "engine")
 _CLI: Final = (sys.executable, "-m", "understudy.tools.cli")
+_READY: Final = re.compile(r"understudy is ready: .* at (http://\S+)")
+_PSS: Final = re.compile(r"^Pss:\s+(\d+) kB", re.MULTILINE)
+_LINES_KEPT: Final = 50
 _BARE: Final = (sys.executable, "-m", "understudy.tools.bench.bare_server")
 
 
@@ -47,6 +54,20 @@ class Server(NamedTuple):
                 role = _role(pid)
                 used[role] = used.get(role, 0.0) + _cpu_s(pid)
         return used
+
+    def memory_bytes(self) -> int:
+        """Memory of its processes together: see ``family_memory_bytes``."""
+        return family_memory_bytes(self.pid)
+
+
+def family_memory_bytes(pid: int) -> int:
+    """Memory of a process and its descendants now; shared pages count once (proc(5), Pss)."""
+    total = 0
+    for member in _family(pid):
+        with contextlib.suppress(OSError):
+            rollup = Path(f"/proc/{member}/smaps_rollup").read_text(encoding="ascii")
+            total += sum(int(size) for size in _PSS.findall(rollup)) * 1024
+    return total
 
 
 @contextlib.contextmanager
@@ -108,6 +129,70 @@ def cluster(name: str, *, num_engines: int, flags: Sequence[str]) -> Iterator[Se
                 yield Server(name, Target.parse(f"http://{address}"), process.pid)
             finally:
                 _stop(process)
+
+
+@contextlib.contextmanager
+def started_node(flags: Sequence[str], *, timeout_s: float) -> Iterator[Server]:
+    """Run ``understudy start``; the context begins in the moment in which it says it is ready.
+
+    Nothing asks it meanwhile, so that its start takes the time that it takes.
+
+    Raises:
+        ServerFailed: It did not become ready within ``timeout_s``.
+    """
+    with tempfile.TemporaryDirectory(prefix="us-") as scratch:
+        run_dir = Path(scratch) / "run"
+        command = [*_CLI, "start", "--config=/dev/null", f"--run-dir={run_dir}", "--port=0", *flags]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0
+        ) as process:
+            try:
+                assert process.stderr is not None
+                said = SpokenLines(process.stderr)
+                line = said.wait_for(_READY, timeout_s=timeout_s)
+                found = _READY.search(line or "")
+                if found is None:
+                    raise ServerFailed(f"{' '.join(command)} did not become ready\n{said.tail}")
+                yield Server("understudy", Target.parse(found[1]), process.pid)
+            finally:
+                _stop(process)
+
+
+class SpokenLines:
+    """What a process writes: read to its end in a thread, so that it never waits for a reader."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._is_awaited = True
+        threading.Thread(target=self._read, name="spoken lines", daemon=True).start()
+
+    def wait_for(self, pattern: re.Pattern[str], *, timeout_s: float) -> str | None:
+        """The first line with this pattern; None if the process ends or the time is over."""
+        give_up_at = time.monotonic() + timeout_s
+        try:
+            while (line := self._arrived.get(timeout=give_up_at - time.monotonic())) is not None:
+                if pattern.search(line):
+                    return line
+        except (queue.Empty, ValueError):
+            return None
+        finally:
+            self._is_awaited = False
+        return None
+
+    @property
+    def tail(self) -> str:
+        """The last lines."""
+        return "".join(self._lines)
+
+    def _read(self) -> None:
+        for raw in self._stream:
+            line = raw.decode("utf-8", "replace")
+            self._lines.append(line)
+            if self._is_awaited:
+                self._arrived.put(line)
+        self._arrived.put(None)
 
 
 def _await_address(process: subprocess.Popen[bytes], run_dir: Path, num_engines: int) -> str | None:
