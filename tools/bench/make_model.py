@@ -2,16 +2,12 @@
 
     python -m understudy.tools.bench.make_model /tmp/half-billion
     python -m understudy.tools.bench.make_model /tmp/two-layers --layers 2
-    python -m understudy.tools.bench.make_model /tmp/w8a8 --quantization int8
 
 A step takes as long with these weights as with trained ones, and nothing has to be downloaded. One
 seed gives the same bytes. The tokenizer is the bundled model's, filled up to the vocabulary's width
 with tokens that no text becomes and that each spell a word of their own, so that every server shows
 every token. The row of the end token is zero: its logit is zero, and the largest of 151,936 others
 is not, so that greedy answers never end early, even where a server cannot ignore the end token.
-
-``int8`` stores the same weights as 8-bit integers with a scale for each output (compressed-tensors,
-``int-quantized``), which is how other servers are told to compute W8A8.
 """
 
 from __future__ import annotations
@@ -39,7 +35,6 @@ VOCAB_SIZE: Final = 151_936
 END_TOKEN_ID: Final = 0
 INITIALIZER_RANGE: Final = 0.02
 _LAYERS_MAX: Final = 256
-_INT8_MAX: Final = 127
 
 
 class Shape(NamedTuple):
@@ -51,9 +46,9 @@ class Shape(NamedTuple):
     """All ones; everything else is random."""
 
 
-def config_object(num_layers: int, *, quantization: str = "none") -> dict[str, Any]:
+def config_object(num_layers: int) -> dict[str, Any]:
     """``config.json``."""
-    config: dict[str, Any] = {
+    return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "vocab_size": VOCAB_SIZE,
@@ -77,28 +72,6 @@ def config_object(num_layers: int, *, quantization: str = "none") -> dict[str, A
         "eos_token_id": END_TOKEN_ID,
         "pad_token_id": END_TOKEN_ID,
         "torch_dtype": "bfloat16",
-    }
-    if quantization == "int8":
-        config["quantization_config"] = _compressed_tensors()
-    return config
-
-
-def _compressed_tensors() -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
-    activations = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**weights, "dynamic": False},
-        "input_activations": {**activations, "dynamic": True},
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-        "config_groups": {"group_0": group},
     }
 
 
@@ -140,12 +113,10 @@ def widen_tokenizer(tokenizer: dict[str, Any], vocab_size: int) -> dict[str, Any
     return {**tokenizer, "model": {**model, "vocab": vocab}}
 
 
-def write_model(
-    directory: Path, *, num_layers: int = NUM_LAYERS, seed: int = 0, quantization: str = "none"
-) -> None:
+def write_model(directory: Path, *, num_layers: int = NUM_LAYERS, seed: int = 0) -> None:
     """Write a whole model directory; what is there already under these names is replaced."""
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", config_object(num_layers, quantization=quantization))
+    _write_json(directory / "config.json", config_object(num_layers))
     ends = {"eos_token_id": END_TOKEN_ID, "pad_token_id": END_TOKEN_ID}
     _write_json(directory / "generation_config.json", {"do_sample": False, **ends})
     bundled = demo_model_directory()
@@ -154,14 +125,14 @@ def write_model(
     settings = json.loads((bundled / "tokenizer_config.json").read_text(encoding="utf-8"))
     _write_json(directory / "tokenizer_config.json", {**settings, "model_max_length": 32_768})
     shutil.copyfile(bundled / "chat_template.jinja", directory / "chat_template.jinja")
-    _write_weights(directory / "model.safetensors", num_layers, seed, quantization)
+    _write_weights(directory / "model.safetensors", num_layers, seed)
 
 
 def _write_json(path: Path, value: dict[str, Any], *, indent: int | None = 2) -> None:
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_weights(path: Path, num_layers: int, seed: int, quantization: str) -> None:
+def _write_weights(path: Path, num_layers: int, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -174,14 +145,7 @@ def _write_weights(path: Path, num_layers: int, seed: int, quantization: str) ->
         drawn = torch.randn(shape.sizes, generator=generator).mul_(INITIALIZER_RANGE)
         if shape.name == "model.embed_tokens.weight":
             drawn[END_TOKEN_ID] = 0.0
-        is_linear = shape.name.endswith("_proj.weight")
-        if quantization == "int8" and is_linear:
-            scales = drawn.abs().amax(dim=1, keepdim=True).div_(_INT8_MAX).to(torch.bfloat16)
-            levels = (drawn / scales.float()).round_().clamp_(-_INT8_MAX, _INT8_MAX)
-            tensors[shape.name] = levels.to(torch.int8)
-            tensors[f"{shape.name}_scale"] = scales
-        else:
-            tensors[shape.name] = drawn.to(torch.bfloat16)
+        tensors[shape.name] = drawn.to(torch.bfloat16)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -191,18 +155,10 @@ def main() -> int:
     parser.add_argument("directory", type=Path, help="is made if it is not there")
     parser.add_argument("--layers", type=int, default=NUM_LAYERS, metavar="N", help="(24)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (0)")
-    parser.add_argument(
-        "--quantization", choices=("none", "int8"), default="none", help="of the stored weights"
-    )
     arguments = parser.parse_args()
     if not 1 <= arguments.layers <= _LAYERS_MAX:
         parser.error(f"--layers: expected 1 to {_LAYERS_MAX}, got {arguments.layers}")
-    write_model(
-        arguments.directory,
-        num_layers=arguments.layers,
-        seed=arguments.seed,
-        quantization=arguments.quantization,
-    )
+    write_model(arguments.directory, num_layers=arguments.layers, seed=arguments.seed)
     print(f"{arguments.directory}: {num_parameters(arguments.layers):,} parameters")
     return 0
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -149,8 +150,7 @@ def started_node(flags: Sequence[str], *, timeout_s: float) -> Iterator[Server]:
             try:
                 assert process.stderr is not None
                 said = SpokenLines(process.stderr)
-                line = said.wait_for(_READY, timeout_s=timeout_s)
-                found = _READY.search(line or "")
+                found = said.wait_for(_READY, timeout_s=timeout_s)
                 if found is None:
                     raise ServerFailed(f"{' '.join(command)} did not become ready\n{said.tail}")
                 yield Server("understudy", Target.parse(found[1]), process.pid)
@@ -163,34 +163,36 @@ class SpokenLines:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._last: deque[str] = deque(maxlen=_LINES_KEPT)
         self._arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._is_awaited = True
         threading.Thread(target=self._read, name="spoken lines", daemon=True).start()
 
-    def wait_for(self, pattern: re.Pattern[str], *, timeout_s: float) -> str | None:
-        """The first line with this pattern; None if the process ends or the time is over."""
-        give_up_at = time.monotonic() + timeout_s
+    def next(self, *, timeout_s: float) -> str | None:
+        """The next line; None if the process has ended or the time is over."""
         try:
-            while (line := self._arrived.get(timeout=give_up_at - time.monotonic())) is not None:
-                if pattern.search(line):
-                    return line
-        except (queue.Empty, ValueError):
+            return self._arrived.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
             return None
-        finally:
-            self._is_awaited = False
+
+    def wait_for(self, pattern: re.Pattern[str], *, timeout_s: float) -> re.Match[str] | None:
+        """Where this pattern is first found; None if the process ends or the time is over."""
+        give_up_at = time.monotonic() + timeout_s
+        while (line := self.next(timeout_s=give_up_at - time.monotonic())) is not None:
+            if found := pattern.search(line):
+                return found
         return None
 
     @property
     def tail(self) -> str:
         """The last lines."""
-        return "".join(self._lines)
+        return "".join(self._last)
 
     def _read(self) -> None:
-        for raw in self._stream:
-            line = raw.decode("utf-8", "replace")
-            self._lines.append(line)
-            if self._is_awaited:
+        # The stream is closed under the thread when its process is done with.
+        with contextlib.suppress(ValueError, OSError):
+            for raw in self._stream:
+                line = raw.decode("utf-8", "replace")
+                self._last.append(line)
                 self._arrived.put(line)
         self._arrived.put(None)
 
@@ -229,6 +231,20 @@ def _stop(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
+def stop_family(process: subprocess.Popen[bytes]) -> None:
+    """End a process, in order or by force, and then what is left of its descendants."""
+    family: dict[int, str] = {}
+    for pid in _family(process.pid):
+        with contextlib.suppress(OSError):
+            family[pid] = _start_time(pid)
+    _stop(process)
+    for pid, start_time in family.items():
+        # A process of another start time has come by the number since.
+        with contextlib.suppress(OSError):
+            if pid != process.pid and _start_time(pid) == start_time:
+                os.kill(pid, signal.SIGKILL)
+
+
 def _family(pid: int) -> list[int]:
     """A process and all its descendants, from /proc (proc(5))."""
     children: dict[int, list[int]] = {}
@@ -246,6 +262,10 @@ def _stat(pid: int) -> Sequence[str]:
     """The fields of /proc/<pid>/stat after the command's name: state, parent, ..."""
     text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     return text.rpartition(")")[2].split()
+
+
+def _start_time(pid: int) -> str:
+    return _stat(pid)[19]
 
 
 def _cpu_s(pid: int) -> float:
