@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ from understudy.tools.bench.servers import ServerFailed
 FAMILIES: Final = ("vllm", "openvino", "ctranslate2", "llama-cpp", "transformers")
 ROUNDS_MAX: Final = 100
 THREADS_MAX: Final = 1024
+_ABSOLUTE: Final = re.compile(r"/(?:[^/=]+/)*([^/=]+)")
 _FIRST: Final = WARM_UP._replace(name="first", concurrency=1, num_requests=1, output=1)
 
 
@@ -262,13 +264,17 @@ def settings_object(
         "num_rounds": num_rounds,
         "versions": {contender.peer.name: contender.version for contender in contenders},
         "commands": {
-            contender.peer.name: " ".join(
-                word.replace(f"{contender.model}", contender.model.name)
-                for word in contender.peer.command(contender.model, port=0, threads=threads)
+            contender.peer.name: shown_command(
+                contender.peer.command(contender.model, port=0, threads=threads)
             )
             for contender in contenders
         },
     }
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """A command without the folders that its files happen to lie in here."""
+    return " ".join(_ABSOLUTE.sub(r"\1", word) for word in words)
 
 
 def _one_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,9 +126,13 @@ class LlamaCpp:
     family: str = "llama-cpp"
 
     def version(self) -> str | None:
-        """The server's path, or the binding's version."""
-        if (found := self._binary()) is not None:
-            return found
+        """What the server says of itself, or the binding's version."""
+        if (binary := self._binary()) is not None:
+            done = subprocess.run(
+                [binary, "--version"], capture_output=True, text=True, check=False, timeout=60
+            )
+            found = re.search(r"version: (.+)", done.stdout + done.stderr)
+            return f"llama-server {found[1] if found else '(no version)'}"
         return self.environment.version_of("llama-cpp-python")
 
     def _binary(self) -> str | None:
