@@ -37,7 +37,7 @@ from understudy.tools.bench.peers.processes import Environment, Peer
 from understudy.tools.bench.peers.servers import LlamaCpp, Transformers, Understudy, Vllm
 from understudy.tools.bench.plot import Panel, bar_chart
 from understudy.tools.bench.report import report_json
-from understudy.tools.bench.servers import ServerFailed
+from understudy.tools.bench.servers import ServerFailed, end_in_order_on_sigterm
 
 FAMILIES: Final = ("vllm", "openvino", "ctranslate2", "llama-cpp", "transformers")
 ROUNDS_MAX: Final = 100
@@ -240,6 +240,7 @@ def main() -> int:
     def measure(contender: Contender, number: int) -> Round:
         return run_once(contender, columns, words, threads=arguments.threads, seed=number)
 
+    end_in_order_on_sigterm()
     rounds = run_rounds(contenders, arguments.rounds, measure)
     if not rounds:
         return 1

@@ -231,6 +231,11 @@ def _stop(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
+def end_in_order_on_sigterm() -> None:
+    """Let SIGTERM end this process through its contexts, so that it ends what it has started."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def stop_family(process: subprocess.Popen[bytes]) -> None:
     """End a process, in order or by force, and then what is left of its descendants."""
     family: dict[int, str] = {}

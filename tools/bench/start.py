@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     if problem is not None:
         return _complain(problem, _EXIT_USAGE)
     from understudy.tools.bench.report import render_table, report_json
-    from understudy.tools.bench.servers import ServerFailed
+    from understudy.tools.bench.servers import ServerFailed, end_in_order_on_sigterm
     from understudy.tools.configuration import settle_with_model
 
     given = {name: getattr(arguments, name) for name in _SETTINGS}
@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     caches = CACHES if arguments.cache == "both" else (arguments.cache,)
     starts: list[Start] = []
+    end_in_order_on_sigterm()
     try:
         for _ in range(arguments.num_starts):
             for cache in caches:

@@ -25,6 +25,7 @@ from understudy.tools.bench.peers.processes import (
     Running,
     convert,
     environment_of,
+    tail_of,
 )
 from understudy.tools.bench.servers import (
     ServerFailed,
@@ -34,7 +35,6 @@ from understudy.tools.bench.servers import (
 )
 
 _DRIVER: Final = Path(__file__).with_name("driver.py")
-_SAID_BYTES_MAX: Final = 2000
 
 
 class DrivenLibrary:
@@ -109,13 +109,10 @@ def driven_library(
     ):
         try:
             library = DrivenLibrary(name, process)
-            try:
-                library.await_ready()
-                yield library
-            except ServerFailed as error:
-                errors.seek(max(0, errors.seek(0, os.SEEK_END) - _SAID_BYTES_MAX))
-                said = errors.read().decode("utf-8", "replace")
-                raise ServerFailed(f"{error}: {' '.join(command)}\n{said}") from error
+            library.await_ready()
+            yield library
+        except ServerFailed as error:
+            raise ServerFailed(f"{error}: {' '.join(command)}\n{tail_of(errors)}") from error
         finally:
             stop_family(process)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import IO, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -267,13 +267,19 @@ def http_server(
     ):
         try:
             if not _await_ready(process, port):
-                output.seek(max(0, output.seek(0, os.SEEK_END) - _SAID_BYTES_MAX))
-                said = output.read().decode("utf-8", "replace")
-                raise ServerFailed(f"{name} did not come up: {' '.join(command)}\n{said}")
+                raise ServerFailed(f"{name} did not come up")
             target = Target.parse(f"http://127.0.0.1:{port}")
             yield HttpServer(name, target, process.pid, dialect)
+        except ServerFailed as error:
+            raise ServerFailed(f"{error}: {' '.join(command)}\n{tail_of(output)}") from error
         finally:
             stop_family(process)
+
+
+def tail_of(output: IO[bytes]) -> str:
+    """The last of what a process has written to a file."""
+    output.seek(max(0, output.seek(0, os.SEEK_END) - _SAID_BYTES_MAX))
+    return output.read().decode("utf-8", "replace")
 
 
 def _await_ready(process: subprocess.Popen[bytes], port: int) -> bool:
