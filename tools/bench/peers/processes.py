@@ -171,6 +171,8 @@ class Dialect(NamedTuple):
     """Prompts have to be text."""
     says_done: bool = True
     """A stream ends with ``[DONE]``."""
+    ready_path: str = "/v1/models"
+    """What it answers with 200 once it is ready."""
 
 
 class HttpServer:
@@ -250,7 +252,7 @@ def completion_body(dialect: Dialect, prompt: Prompt, output_tokens: int) -> byt
 def http_server(
     name: str, command: Sequence[str], port: int, dialect: Dialect, variables: Mapping[str, str]
 ) -> Iterator[HttpServer]:
-    """Run a server on a port of loopback until the context ends; it lists models once it is ready.
+    """Run a server on a port of loopback until the context ends.
 
     Raises:
         ServerFailed: It did not come up within START_TIMEOUT_S.
@@ -266,7 +268,7 @@ def http_server(
         ) as process,
     ):
         try:
-            if not _await_ready(process, port):
+            if not _await_ready(process, port, dialect.ready_path):
                 raise ServerFailed(f"{name} did not come up")
             target = Target.parse(f"http://127.0.0.1:{port}")
             yield HttpServer(name, target, process.pid, dialect)
@@ -282,12 +284,12 @@ def tail_of(output: IO[bytes]) -> str:
     return output.read().decode("utf-8", "replace")
 
 
-def _await_ready(process: subprocess.Popen[bytes], port: int) -> bool:
+def _await_ready(process: subprocess.Popen[bytes], port: int, path: str) -> bool:
     give_up_at = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < give_up_at:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PROBE_TIMEOUT_S)
         try:
-            connection.request("GET", "/v1/models")
+            connection.request("GET", path)
             if connection.getresponse().status == http.HTTPStatus.OK:
                 return True
         except (OSError, http.client.HTTPException):

@@ -178,7 +178,8 @@ class LlamaCpp:
 class Transformers:
     """``transformers serve`` with continuous batching.
 
-    It knows no ``ignore_eos``: that an answer is as long as asked for is checked.
+    It knows no ``ignore_eos``: that an answer is as long as asked for is checked. Left alone, its
+    cache takes most of the machine's memory.
     """
 
     name: str
@@ -200,7 +201,7 @@ class Transformers:
         return (
             *(str(self.environment.scripts / "transformers"), "serve", str(model)),
             *("--host", "127.0.0.1", "--port", str(port), "--continuous-batching"),
-            *("--device", "cpu", "--dtype", "bfloat16"),
+            *("--device", "cpu", "--dtype", "bfloat16", "--cb-max-memory-percent", "0.2"),
         )
 
     @contextlib.contextmanager
@@ -210,6 +211,7 @@ class Transformers:
         command = self.command(model, port=port, threads=threads)
         ends = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         extra = {"generation_config": json.dumps(ends)}
-        dialect = Dialect(str(model), extra, takes_text=True, says_done=False)
+        # Its list of models is one of downloaded ones, and an error where nothing was downloaded.
+        dialect = Dialect(str(model), extra, takes_text=True, says_done=False, ready_path="/health")
         with http_server(self.name, command, port, dialect, environment_of(threads)) as server:
             yield server
