@@ -67,7 +67,7 @@ def all_peers(venvs: Mapping[str, Path]) -> list[Peer]:
         Understudy("understudy-int8", "int8"),
         Vllm("vllm-bf16", environment("vllm"), "bf16"),
         Vllm("vllm-int8", environment("vllm"), "int8"),
-        OpenVino("openvino-bf16", environment("openvino"), "bf16"),
+        OpenVino("openvino-f16", environment("openvino"), "f16"),
         OpenVino("openvino-int8", environment("openvino"), "int8"),
         CTranslate2("ctranslate2-int8", environment("ctranslate2")),
         LlamaCpp("llama-bf16", environment("llama-cpp"), "bf16"),

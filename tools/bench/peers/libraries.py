@@ -123,7 +123,7 @@ class OpenVino:
 
     name: str
     environment: Environment
-    weights: Literal["bf16", "int8"]
+    weights: Literal["f16", "int8"]
     family: str = "openvino"
 
     def version(self) -> str | None:
@@ -136,7 +136,7 @@ class OpenVino:
         Sixteen-bit weights are stored as float16, the only such format it exports; what it
         computes in is its own choice, bfloat16 where the processor has it.
         """
-        stored = "fp16" if self.weights == "bf16" else "int8"
+        stored = "fp16" if self.weights == "f16" else "int8"
         command = [
             *(str(self.environment.scripts / "optimum-cli"), "export", "openvino"),
             *("--model", str(model), "--task", "text-generation-with-past"),
