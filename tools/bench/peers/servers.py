@@ -88,9 +88,10 @@ class Vllm:
         return convert(converted / "int8", command, {})
 
     def command(self, model: Path, *, port: int, threads: int) -> Sequence[str]:  # noqa: ARG002
-        """Threads are bound by a variable."""
+        """The module, since the CPU build's ``vllm`` command asks for a package it is not named."""
         return (
-            *(str(self.environment.scripts / "vllm"), "serve", str(model)),
+            *(str(self.environment.python), "-P", "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(model)),
             *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
             *("--dtype", "bfloat16", "--max-model-len", str(_CONTEXT)),
             *("--max-num-seqs", str(SEQUENCES_MAX)),
