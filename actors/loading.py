@@ -152,7 +152,7 @@ class _Progress:
     def __call__(self, bytes_done: int, bytes_total: int) -> None:
         share = bytes_done / max(bytes_total, 1)
         if share >= self._report_at:
-            self._report_at += PROGRESS_EVERY
+            self._report_at = share // PROGRESS_EVERY * PROGRESS_EVERY + PROGRESS_EVERY
             get_logger().info(
                 "loading weights", model=self._model, percent=round(100 * share), of=bytes_total
             )

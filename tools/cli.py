@@ -275,16 +275,18 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from understudy.tools.bench import serve
+    from understudy.tools.bench import serve, start, step, sweep
 
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    child = kinds.add_parser(
-        "serve",
-        help="load a running server and measure it",
-        example="understudy bench serve --concurrency 16",
-    )
-    serve.add_arguments(child)
-    child.set_defaults(run=serve.run)
+    for module, name, words, example in (
+        (serve, "serve", "load a running server and measure it", " --concurrency 16"),
+        (sweep, "sweep", "one load after another on a running server", " --concurrency 1,4,16"),
+        (step, "step", "an engine's steps, without servers", " --batch-sizes 1,8,32"),
+        (start, "start", "from start to ready to first token", " --num-starts 5"),
+    ):
+        child = kinds.add_parser(name, help=words, example=f"understudy bench {name}{example}")
+        module.add_arguments(child)
+        child.set_defaults(run=module.run)
 
 
 def _actor(role: str) -> Callable[[argparse.ArgumentParser], None]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from understudy.tools.bench import flags
 from understudy.tools.bench.workload import (
     CONCURRENCY_MAX,
     DURATION_S_MAX,
@@ -54,39 +54,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pace = load.add_mutually_exclusive_group()
     pace.add_argument(
         "--concurrency",
-        type=_count(CONCURRENCY_MAX),
+        type=flags.count(CONCURRENCY_MAX),
         metavar="N",
         help=f"closed loop: N requests at a time (default: {DEFAULT_CONCURRENCY})",
     )
     pace.add_argument(
         "--rate",
-        type=_positive(RATE_MAX),
+        type=flags.positive(RATE_MAX),
         metavar="R",
         help="open loop: R requests/s, arriving as a Poisson process",
     )
     load.add_argument(
         "--num-requests",
-        type=_count(REQUESTS_MAX),
+        type=flags.count(REQUESTS_MAX),
         metavar="N",
         help=f"stop after N (default: {DEFAULT_NUM_REQUESTS}, or no limit with --duration)",
     )
     load.add_argument(
         "--duration",
-        type=_positive(DURATION_S_MAX),
+        type=flags.positive(DURATION_S_MAX),
         metavar="S",
         help="send nothing new after S seconds; what is under way may end (default: 600)",
     )
     shape = parser.add_argument_group("requests")
     shape.add_argument(
         "--prompt-length",
-        type=_length,
+        type=flags.length,
         default=LengthRange(128, 128),
         metavar="N[-M]",
         help="tokens, or words with --endpoint chat (default: %(default)s)",
     )
     shape.add_argument(
         "--output-length",
-        type=_length,
+        type=flags.length,
         default=LengthRange(128, 128),
         metavar="N[-M]",
         help="tokens asked for (default: %(default)s)",
@@ -102,15 +102,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="answers have exactly the length asked for (default: yes)",
+        help=argparse.SUPPRESS,
     )
-    shape.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    shape.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.epilog = (
+        "And --seed N (0), --no-ignore-eos: answers may end before the length asked for."
+    )
+    flags.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the load and report: 0, or 1 if any request failed, 2 on usage, 69 without a server."""
-    problem = _usage_problem(arguments)
+    problem = usage_problem(arguments)
     if problem is not None:
         return _complain(problem, EXIT_USAGE)
     # Heavy imports wait until a load is really to be run.
@@ -132,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = arguments.model or listed
         if model is None:
             raise Unreachable(f"{arguments.base_url} lists no model: name one with --model")
-        report = uvloop.run(_measure(arguments, target, model))
+        report = uvloop.run(measure(arguments, target, model))
     except (Unreachable, OSError) as error:
         return _complain(f"cannot reach {arguments.base_url}: {error}", EXIT_UNAVAILABLE)
     sys.stdout.write(render_report(report) + "\n")
@@ -144,16 +147,14 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if report.requests_failed else 0
 
 
-def _usage_problem(arguments: argparse.Namespace) -> str | None:
+def usage_problem(arguments: argparse.Namespace) -> str | None:
     """What is wrong with flags that are right each by itself."""
     if not 0 <= arguments.shared_prefix <= arguments.prompt_length.low:
         return "--shared-prefix: it is a part of --prompt-length, so at most its lower end"
     key = arguments.api_key
     if key is not None and not (key.isascii() and key.isprintable()):
         return "--api-key: it holds characters that a header cannot"
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        return f"--json: no directory {arguments.json.parent}"
-    return None
+    return flags.json_problem(arguments.json)
 
 
 def _complain(problem: str, status: int) -> int:
@@ -191,8 +192,12 @@ def first_model(target: Target, api_key: str | None) -> str | None:
         return None
 
 
-async def _measure(arguments: argparse.Namespace, target: Target, model: str) -> ServeReport:
-    """Run the load that the flags describe."""
+async def measure(arguments: argparse.Namespace, target: Target, model: str) -> ServeReport:
+    """Run the load that the flags describe.
+
+    Raises:
+        OSError: The server cannot be reached.
+    """
     import time
 
     from understudy.tools.bench.client import Client
@@ -258,38 +263,3 @@ def _settings_of(workload: Workload) -> dict[str, Any]:
         "ignore_eos": workload.ignore_eos,
         "seed": workload.seed,
     }
-
-
-def _count(limit: int) -> _Number:
-    return _Number(f"a whole number from 1 to {limit}", int, 1, limit)
-
-
-def _positive(limit: float) -> _Number:
-    return _Number(f"a number above 0, at most {limit:g}", float, sys.float_info.min, limit)
-
-
-class _Number:
-    """Reads a flag's number within limits; argparse turns a ValueError into a usage error."""
-
-    def __init__(self, description: str, kind: type[int | float], low: float, high: float) -> None:
-        self._description = description
-        self._kind = kind
-        self._low = low
-        self._high = high
-
-    def __call__(self, text: str) -> float:
-        try:
-            value = self._kind(text)
-        except ValueError:
-            value = self._low - 1
-        # Written so that a NaN is refused as well.
-        if not self._low <= value <= self._high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {self._description}")
-        return value
-
-
-def _length(text: str) -> LengthRange:
-    try:
-        return LengthRange.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -13,6 +13,7 @@ import pytest
 
 from understudy.tools.bench.serve import add_arguments, run
 from understudy.tools.bench.servers import Server, bare_server
+from understudy.tools.cli import main
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -119,11 +120,25 @@ def test_values_out_of_their_limits_are_usage_errors(
     assert flags[-1].split("=")[0] in capsys.readouterr().err
 
 
-def test_the_flags_cost_no_heavy_import() -> None:
+@pytest.mark.parametrize("name", ["serve", "sweep", "step", "start"])
+def test_the_flags_cost_no_heavy_import(name: str) -> None:
     program = (
-        "import sys, understudy.tools.bench.serve\n"
+        f"import sys, understudy.tools.bench.{name}\n"
         "heavy = {'aiohttp', 'uvloop', 'asyncio', 'torch', 'numpy', 'zmq'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)\n"
     )
     environment = {"PYTHONPATH": ":".join(sys.path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["serve", "sweep", "step", "start"])
+def test_no_benchmark_shows_more_than_a_dozen_flags(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"example: understudy bench {name} ")
+    flags = [line for line in shown.splitlines() if line.startswith("  -") and "--help" not in line]
+    assert 0 < len(flags) <= 12
