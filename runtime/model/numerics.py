@@ -32,6 +32,9 @@ _ROW_COUNTS: Final = (
     *(1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32),
     *(40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256),
 )
+_LARGE_ROW_COUNTS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Of a large matrix, where each size that is tried costs a start some tenths of a second."""
+_LARGE_ELEMENTS: Final = 32 << 20
 _PROBE_SEED: Final = 0x5EED
 _PROBE_OUTPUTS: Final = 128
 """Columns at either end of a product's output that a probe looks at."""
@@ -116,13 +119,16 @@ def agreeing_row_counts(
         rows: Input that shows the order of additions, of a ``Probe``.
         rows_max: Larger counts are not tried.
     """
-    base = torch.cat([product(tile) for tile in torch.split(rows, ROWS_BASE)])
+    most = max(rows_max, ROWS_BASE)
+    base = torch.cat([product(tile) for tile in torch.split(rows[: most + ROWS_BASE], ROWS_BASE)])
+    is_large = rows.shape[1] * base.shape[1] >= _LARGE_ELEMENTS
+    tried = _LARGE_ROW_COUNTS if is_large else _ROW_COUNTS
 
     def agrees(count: int) -> bool:
         # From the second row on, so that no row is at its place of the base result.
         return torch.equal(product(rows[1 : 1 + count].clone()), base[1 : 1 + count])
 
-    counts = [count for count in _ROW_COUNTS if count <= max(rows_max, ROWS_BASE) and agrees(count)]
+    counts = [count for count in tried if count <= most and agrees(count)]
     # If even the base shape treats rows by their place: one row at a time has no places.
     return tuple(counts) if ROWS_BASE in counts else (1,)
 
