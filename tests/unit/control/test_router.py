@@ -23,6 +23,7 @@ candidates = st.lists(
         st.just(0),
     ),
     max_size=8,
+    unique_by=lambda candidate: candidate.identity,
 )
 
 
