@@ -1,27 +1,15 @@
-"""Loads the kernels for Triton's interpreter, which runs them on the CPU."""
+"""Kernels run in Triton's interpreter, on the CPU: see ``tests/conftest.py``."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("triton") is not None:
-    # What a kernel becomes is decided when its module is loaded. The variable is gone afterwards,
-    # so that nothing that another test starts on a GPU is interpreted.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        import triton.experimental.gluon  # noqa: F401 - the interpreter would load it too late
-
-        from understudy.runtime.model.kernels import (  # noqa: F401 - loaded, not used
-            activation,
-            int8_product,
-            normalisation,
-            paged_attention,
-            rotation,
-            sampling,
-        )
+    import triton.experimental.gluon  # noqa: F401 - the interpreter would load it too late
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,3 +20,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(
                 pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
             )
+            if "TRITON_INTERPRET" not in os.environ and item.path.name != "test_compiled.py":
+                item.add_marker(pytest.mark.skip(reason="a GPU's kernels: tools/gpu_check"))
