@@ -65,14 +65,14 @@ def numerics_class(
 ) -> str:
     """Name whatever decides about bits: two engines that have the same name make the same.
 
-    The model's digest, dtype and quantisation, device and its kind, instruction set, threads, on a
-    GPU the kernels, and torch's release.
+    The model's digest, dtype and quantisation, device and its kind, instruction set, threads, the
+    kernels, and torch's release.
     """
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device).replace(" ", "_")
-        kind = f"{card}/{kernels_name(device)}"
     else:
-        kind = f"{torch.backends.cpu.get_cpu_capability()}x{torch.get_num_threads()}"
+        card = f"{torch.backends.cpu.get_cpu_capability()}x{torch.get_num_threads()}"
+    kind = f"{card}/{kernels_name(device, dtype)}"
     name = str(dtype).removeprefix("torch.")
     if quantization != "none":
         name = f"{name}+{quantization}"

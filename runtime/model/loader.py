@@ -18,17 +18,10 @@ from torch import Tensor
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.model.checkpoint import Checkpoint
 from understudy.runtime.model.config import ModelConfig
-from understudy.runtime.model.layers import DenseLinear, Linear
+from understudy.runtime.model.layers import Linear
+from understudy.runtime.model.linears import kept_dtype, make_linear
 from understudy.runtime.model.memory import available_memory
 from understudy.runtime.model.numerics import Numerics
-from understudy.runtime.model.quantization import (
-    Int4Linear,
-    Int4Weight,
-    Int8Linear,
-    Int8Weight,
-    quantize_int4,
-    quantize_int8,
-)
 from understudy.runtime.model.quantization_config import (
     CheckpointQuantization,
     Quantization,
@@ -101,7 +94,9 @@ def load_model(
     _check_quantization(directory, config.quantization, quantization, device)
     checkpoint = Checkpoint.open(directory)
     bytes_total = _check_tensors(directory, config, checkpoint)
-    needed = _weight_bytes(config, dtype, quantization)
+    stored = checkpoint.tensors[_outer_parts(config)[0].name].dtype
+    kept = kept_dtype(stored, dtype=dtype, device=device)
+    needed = _weight_bytes(config, kept, quantization)
     _check_memory(directory, needed, device)
     making = _Making(dtype, device, quantization, config.quantization)
     reader = _Reader(directory, checkpoint, making, _Meter(bytes_total, progress))
@@ -166,9 +161,19 @@ class _Reader:
 
     def tensor(self, *parts: _Part) -> Tensor:
         """Several tensors as one, joined along their first dimension."""
+        return self._joined(parts, self._making.dtype)
+
+    def matrix(self, *parts: _Part) -> Tensor:
+        """The same, in the dtype that a matrix is kept in."""
+        making = self._making
+        stored = {self._checkpoint.tensors[part.name].dtype for part in parts}
+        widest = stored.pop() if len(stored) == 1 else making.dtype
+        return self._joined(parts, kept_dtype(widest, dtype=making.dtype, device=making.device))
+
+    def _joined(self, parts: tuple[_Part, ...], dtype: torch.dtype) -> Tensor:
         num_rows = sum(part.shape[0] for part in parts)
         tensor = torch.empty(
-            (num_rows, *parts[0].shape[1:]), dtype=self._making.dtype, device=self._making.device
+            (num_rows, *parts[0].shape[1:]), dtype=dtype, device=self._making.device
         )
         slices = torch.split(tensor, [part.shape[0] for part in parts])
         for part, into in zip(parts, slices, strict=True):
@@ -182,7 +187,7 @@ class _Reader:
         try:
             stored = self._making.stored
             if stored is None or not stored.covers(weights[0].module):
-                return self._linear(self.tensor(*weights), bias)
+                return self._linear(self.matrix(*weights), bias)
             parts = [self._matrix(stored, part) for part in weights]
             return self._linear(join(parts), bias)
         except ValueError as error:
@@ -210,20 +215,14 @@ class _Reader:
         return weight
 
     def _linear(self, weight: Weight, bias: Tensor | None) -> Linear:
-        dtype = self._making.dtype
-        if isinstance(weight, Tensor):
-            match self._making.quantization:
-                case "none":
-                    return DenseLinear(weight.to(self._making.device, dtype), bias)
-                case "int8":
-                    weight = quantize_int8(weight)
-                case "int4":
-                    weight = quantize_int4(weight)
-        match weight:
-            case Int8Weight():
-                return Int8Linear(weight, bias, dtype=dtype)
-            case Int4Weight():
-                return Int4Linear(weight, bias, dtype=dtype)
+        making = self._making
+        return make_linear(
+            weight,
+            bias,
+            quantization=making.quantization,
+            dtype=making.dtype,
+            device=making.device,
+        )
 
 
 class _LayerParts:
@@ -291,7 +290,7 @@ def _outer_parts(config: ModelConfig) -> tuple[_Part, _Part, _Part]:
 
 def _model_weights(config: ModelConfig, reader: _Reader) -> ModelWeights:
     embedding_part, norm_part, head_part = _outer_parts(config)
-    embedding = reader.tensor(embedding_part)
+    embedding = reader.matrix(embedding_part)
     layers = tuple(
         _layer_weights(config, _LayerParts(config, index), reader)
         for index in range(config.num_layers)

@@ -1,7 +1,8 @@
 """What a layer does between its matrix products, and which way a device does it.
 
-On a CPU, plain torch. On a GPU, Triton kernels that do several things in one pass; where Triton is
-missing, plain torch again, slower. The kernels are imported only when they are wanted.
+On a CPU, kernels in C++ (``native``); on a GPU, Triton kernels (``kernels``). Both do several
+things in one pass. Where there is no compiler or no Triton, plain torch does it, slower. Kernels
+are imported only when they are wanted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from understudy.runtime.model.attention import PagedAttention, Span
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import LayerCache
 from understudy.runtime.model.layers import rms_norm, silu_and_multiply
+from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.rope import Rotation, rotate
 
@@ -33,7 +35,7 @@ class Operations(Protocol):
     """The steps of a layer that are no matrix products."""
 
     def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
-        """``hidden + delta``, and its norm."""
+        """``hidden + delta``, and its norm; ``hidden`` may be changed in place."""
 
     def rotate_and_store(
         self,
@@ -45,7 +47,8 @@ class Operations(Protocol):
     ) -> Tensor:
         """Norm and rotate queries and keys, store keys and values, return what attention takes.
 
-        ``heads`` is ``[rows, heads + 2 · kv_heads, head_dim]``. A row without a slot is padding.
+        ``heads`` is ``[rows, heads + 2 · kv_heads, head_dim]``, and may be changed in place. A row
+        without a slot is padding.
         """
 
     def silu_and_multiply(self, gate_and_up: Tensor) -> Tensor:
@@ -122,6 +125,13 @@ def parts_for(
             TritonOperations(config),
             TritonAttention(config, numerics=numerics, dtype=dtype, device=device),
         )
+    library = native_library(device, dtype)
+    if library is not None:
+        from understudy.runtime.model.native.attention import NativeAttention
+        from understudy.runtime.model.native.layer import NativeOperations
+
+        if NativeAttention.takes(config):
+            return Parts(NativeOperations(library, config), NativeAttention(library, config))
     return Parts(
         PlainOperations(config),
         PagedAttention(config, numerics=numerics, dtype=dtype, device=device),
@@ -133,9 +143,12 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _triton_version() is not None
 
 
-def kernels_name(device: torch.device) -> str:
-    """What computes on a GPU, for the class of its numerics."""
-    return f"triton-{_triton_version()}" if has_kernels(device) else "torch"
+def kernels_name(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes, for the class of its numerics."""
+    if has_kernels(device):
+        return f"triton-{_triton_version()}"
+    library = native_library(device, dtype)
+    return "torch" if library is None else f"native-{library.version}"
 
 
 @cache

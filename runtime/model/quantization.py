@@ -31,7 +31,7 @@ from torch import Tensor
 GROUP_SIZES: Final = (128, 64, 32)
 """Inputs that share a 4-bit scale, preferred first: what the kernel takes."""
 
-_LEVELS_INT8: Final = 127.0
+LEVELS_INT8: Final = 127.0
 _LEVELS_INT4: Final = 15.0
 _MIDDLE_INT4: Final = 8
 _LARGEST_MIN: Final = 2.0**-100
@@ -79,7 +79,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     scales = torch.empty(weight.shape[0])
     for start in range(0, len(weight), _QUANTIZED_ROWS):
         rows = weight[start : start + _QUANTIZED_ROWS].to(torch.float32)
-        scale = rows.abs().amax(dim=1).clamp_(min=_LARGEST_MIN).div_(_LEVELS_INT8)
+        scale = rows.abs().amax(dim=1).clamp_(min=_LARGEST_MIN).div_(LEVELS_INT8)
         scales[start : start + _QUANTIZED_ROWS] = scale
         values[start : start + _QUANTIZED_ROWS] = (rows / scale[:, None]).round_()
     check_finite(scales)
@@ -132,10 +132,10 @@ class Int8Linear:
         self._bias = None if bias is None else bias.to(torch.float32)
         self._dtype = dtype
         # A tensor, because torch divides a plain number by a tensor in two operations.
-        self._levels = torch.tensor(_LEVELS_INT8)
+        self._levels = torch.tensor(LEVELS_INT8)
         product = _onednn_product if _onednn_is_exact() else portable_product
         # A row's scale is a 127th of its largest magnitude; the 127th is taken once, here.
-        self._multiply = product(Int8Weight(weight.values, weight.scales / _LEVELS_INT8))
+        self._multiply = product(Int8Weight(weight.values, weight.scales / LEVELS_INT8))
 
     def __call__(self, x: Tensor, tiles: tuple[int, ...]) -> Tensor:  # noqa: ARG002 - one tile
         """Multiply ``[rows, in]`` to ``[rows, out]``, all rows at once whatever ``tiles`` says."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import KVCache, LayerCache
-from understudy.runtime.model.layers import Linear, rms_norm
+from understudy.runtime.model.layers import Linear
 from understudy.runtime.model.numerics import Numerics, RowTiles, common_row_counts
 from understudy.runtime.model.operations import parts_for
 from understudy.runtime.model.rope import RotaryEmbedding, Rotation
@@ -52,10 +52,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All weights of a model, on one device, in one dtype."""
+    """All weights of a model, on one device."""
 
     embedding: Tensor
-    """``[vocab_size, hidden_size]``."""
+    """``[vocab_size, hidden_size]``; may be of a narrower dtype than the model computes in."""
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     lm_head: Linear
@@ -80,7 +80,7 @@ class Transformer:
     def __init__(self, config: ModelConfig, weights: ModelWeights, *, numerics: Numerics) -> None:
         self.config = config
         self.numerics = numerics
-        self.dtype = weights.embedding.dtype
+        self.dtype = weights.norm.dtype
         self.device = weights.embedding.device
         self._operations, self.attention = parts_for(
             config, numerics=numerics, dtype=self.dtype, device=self.device
@@ -99,7 +99,7 @@ class Transformer:
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Compute a batch's hidden states ``[rows, hidden_size]``; fills the cache on the way."""
         operations = self._operations
-        hidden = F.embedding(batch.token_ids, self._weights.embedding)
+        hidden = F.embedding(batch.token_ids, self._weights.embedding).to(self.dtype)
         rotation = self._rope(batch.positions)
         delta: Tensor | None = None
         for layer, layer_cache in zip(self._weights.layers, cache.layers, strict=True):
@@ -114,8 +114,9 @@ class Transformer:
         """Logits ``[rows, vocab_size]``, float32, of some rows of hidden states."""
         num_rows = len(hidden)
         tiles = self._head_tiles.cut(num_rows)
-        normed = rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps)
-        normed = F.pad(normed, (0, 0, 0, sum(tiles) - num_rows))
+        normed = self._operations.add_and_normalise(hidden, None, self._weights.norm).normed
+        if sum(tiles) > num_rows:
+            normed = F.pad(normed, (0, 0, 0, sum(tiles) - num_rows))
         return self._weights.lm_head(normed, tiles)[:num_rows].to(torch.float32)
 
     def _attend(

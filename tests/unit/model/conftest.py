@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
+from typing import Protocol
 
 import pytest
 import torch
 
 from tests.checkpoints import FAMILIES, write_checkpoint
 from understudy.runtime.model.loader import load_model
+from understudy.runtime.model.native import library
 from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 
-LoadModel = Callable[[str, torch.dtype, Numerics], Transformer]
+
+class LoadModel(Protocol):
+    """A model by family, dtype and numerics; not ``native`` is as where there is no compiler."""
+
+    def __call__(
+        self, family: str, dtype: torch.dtype, numerics: Numerics, *, native: bool = True
+    ) -> Transformer: ...
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,11 +36,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> LoadModel:
-    """A model by family, dtype and numerics."""
+    """Loads each model once."""
 
     @cache
-    def load(family: str, dtype: torch.dtype, numerics: Numerics) -> Transformer:
+    def load(
+        family: str, dtype: torch.dtype, numerics: Numerics, *, native: bool = True
+    ) -> Transformer:
         directory = write_checkpoint(tmp_path_factory.mktemp(family), FAMILIES[family])
-        return load_model(directory, dtype=dtype, device=CPU, numerics=numerics)
+        with pytest.MonkeyPatch.context() as patch:
+            if not native:
+                patch.setattr(library, "_library", lambda: None)
+            return load_model(directory, dtype=dtype, device=CPU, numerics=numerics)
 
     return load

@@ -30,9 +30,13 @@ NUM_SEQUENCES = 4
 BLOCKS_EACH = -(-LENGTH_MAX // BLOCK_SIZE)
 
 EVERY_KIND = [
-    pytest.param(family, dtype, id=f"{family}-{name}")
+    pytest.param(family, dtype, native, id=f"{family}-{name}")
     for family in FAMILIES
-    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16"))
+    for dtype, native, name in (
+        (torch.float32, True, "native"),
+        (torch.float32, False, "float32"),
+        (torch.bfloat16, False, "bfloat16"),
+    )
 ]
 
 
@@ -126,22 +130,22 @@ def assert_equals_oracle(run: Run) -> None:
             assert torch.equal(run.model.logits(mine), logits[:length])
 
 
-@pytest.mark.parametrize(("family", "dtype"), EVERY_KIND)
+@pytest.mark.parametrize(("family", "dtype", "native"), EVERY_KIND)
 def test_token_by_token_gives_the_bits_of_the_whole(
-    model_of: LoadModel, family: str, dtype: torch.dtype
+    model_of: LoadModel, family: str, dtype: torch.dtype, native: bool
 ) -> None:
-    run = Run(model_of(family, dtype, "exact"))
+    run = Run(model_of(family, dtype, "exact", native=native))
     run.add(0, 80)
     for _ in range(80):
         run.step([(0, 1)])
     assert_equals_oracle(run)
 
 
-@pytest.mark.parametrize(("family", "dtype"), EVERY_KIND)
+@pytest.mark.parametrize(("family", "dtype", "native"), EVERY_KIND)
 def test_a_batch_of_decodes_gives_the_bits_of_each_alone(
-    model_of: LoadModel, family: str, dtype: torch.dtype
+    model_of: LoadModel, family: str, dtype: torch.dtype, native: bool
 ) -> None:
-    run = Run(model_of(family, dtype, "exact"))
+    run = Run(model_of(family, dtype, "exact", native=native))
     for index, length in enumerate((540, 300, 40, 8)):
         run.add(index, length)
         run.step([(index, max(1, length - 30))])
@@ -150,11 +154,11 @@ def test_a_batch_of_decodes_gives_the_bits_of_each_alone(
     assert_equals_oracle(run)
 
 
-@pytest.mark.parametrize(("family", "dtype"), EVERY_KIND)
+@pytest.mark.parametrize(("family", "dtype", "native"), EVERY_KIND)
 def test_recomputing_after_preemption_gives_the_same_bits(
-    model_of: LoadModel, family: str, dtype: torch.dtype
+    model_of: LoadModel, family: str, dtype: torch.dtype, native: bool
 ) -> None:
-    run = Run(model_of(family, dtype, "exact"))
+    run = Run(model_of(family, dtype, "exact", native=native))
     run.add(0, 50)
     run.add(1, 70)
     run.step([(0, 30), (1, 33)])
@@ -165,13 +169,13 @@ def test_recomputing_after_preemption_gives_the_same_bits(
     assert_equals_oracle(run)
 
 
-@pytest.mark.parametrize(("family", "dtype"), EVERY_KIND)
+@pytest.mark.parametrize(("family", "dtype", "native"), EVERY_KIND)
 @given(data=st.data())
 @settings(max_examples=12)
 def test_any_chunks_in_any_batch_give_the_bits_of_the_whole(
-    model_of: LoadModel, family: str, dtype: torch.dtype, data: st.DataObject
+    model_of: LoadModel, family: str, dtype: torch.dtype, native: bool, data: st.DataObject
 ) -> None:
-    run = Run(model_of(family, dtype, "exact"))
+    run = Run(model_of(family, dtype, "exact", native=native))
     num_sequences = data.draw(st.integers(1, NUM_SEQUENCES), label="sequences")
     for index in range(num_sequences):
         length = data.draw(st.integers(1, 130) | st.integers(500, LENGTH_MAX), label="length")
@@ -184,9 +188,17 @@ def test_any_chunks_in_any_batch_give_the_bits_of_the_whole(
 
 
 def test_fast_numerics_are_close_but_need_not_be_equal(model_of: LoadModel) -> None:
-    run = Run(model_of("llama", torch.float32, "fast"))
+    run = Run(model_of("llama", torch.float32, "fast", native=False))
     run.add(0, 100)
     while run.unfinished:
         run.step([(0, 7)])
-    states, _, _ = oracle(model_of("llama", torch.float32, "exact"), 0)
+    states, _, _ = oracle(model_of("llama", torch.float32, "exact", native=False), 0)
     torch.testing.assert_close(run.states(0), states[:100], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_compute_what_plain_torch_computes(model_of: LoadModel, family: str) -> None:
+    native = oracle(model_of(family, torch.float32, "exact"), 0)
+    plain = oracle(model_of(family, torch.float32, "exact", native=False), 0)
+    for mine, expected in zip(native, plain, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)

@@ -14,6 +14,7 @@ from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.model.exactness import numerics_class, prove_exactness
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.model_digest import SAMPLE_BYTES, SAMPLE_EVERY_BYTES, model_digest
+from understudy.runtime.model.operations import kernels_name
 from understudy.runtime.model.transformer import Batch, Transformer
 
 
@@ -97,7 +98,7 @@ def test_the_class_of_numerics_names_what_decides_about_bits(tmp_path: Path) -> 
     other = write_checkpoint(tmp_path / "other", FAMILIES["qwen2"])
     named = numerics_class(directory, dtype=torch.float32, device=CPU, numerics="exact")
     assert named.startswith(f"{model_digest(directory)}/exact/float32/cpu/")
-    assert named.endswith(f"x1/{torch.__version__}")
+    assert named.endswith(f"x1/{kernels_name(CPU, torch.float32)}/{torch.__version__}")
     others = {
         numerics_class(other, dtype=torch.float32, device=CPU, numerics="exact"),
         numerics_class(directory, dtype=torch.bfloat16, device=CPU, numerics="exact"),

@@ -1,0 +1,74 @@
+"""Which linear a weight becomes: the quickest that its form, dtype and device have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from understudy.runtime.model.layers import DenseLinear, Linear
+from understudy.runtime.model.native.library import native_library
+from understudy.runtime.model.quantization import (
+    Int4Linear,
+    Int4Weight,
+    Int8Linear,
+    Int8Weight,
+    quantize_int4,
+    quantize_int8,
+)
+from understudy.runtime.model.quantization_config import Quantization
+from understudy.runtime.model.quantized_checkpoint import Weight
+
+
+def make_linear(
+    weight: Weight,
+    bias: Tensor | None,
+    *,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Linear:
+    """A linear for rows of ``dtype``; ``quantization`` is of a weight in floating point.
+
+    Raises:
+        ValueError: the weight cannot be quantised.
+    """
+    if isinstance(weight, Tensor):
+        match quantization:
+            case "none":
+                return _dense(weight, bias, dtype, device)
+            case "int8":
+                weight = quantize_int8(weight)
+            case "int4":
+                weight = quantize_int4(weight)
+    if isinstance(weight, Int4Weight):
+        return Int4Linear(weight, bias, dtype=dtype)
+    return _int8(weight, bias, dtype, device)
+
+
+def kept_dtype(stored: torch.dtype, *, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In what dtype a weight is kept that the checkpoint stores in ``stored``.
+
+    Narrower than ``dtype`` where the kernels widen it on the way, which changes no bit.
+    """
+    is_widened = native_library(device, dtype) is not None
+    return stored if is_widened and stored == torch.bfloat16 else dtype
+
+
+def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:
+    library = native_library(device, dtype)
+    if library is None:
+        return DenseLinear(weight.to(device, dtype), bias)
+    from understudy.runtime.model.native.linear import NativeLinear
+
+    return NativeLinear(library, weight, bias)
+
+
+def _int8(
+    weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Linear:
+    library = native_library(device, dtype)
+    if library is None:
+        return Int8Linear(weight, bias, dtype=dtype)
+    from understudy.runtime.model.native.linear import NativeInt8Linear
+
+    return NativeInt8Linear(library, weight, bias)

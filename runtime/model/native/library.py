@@ -1,0 +1,202 @@
+"""Compiles the kernels, once for a machine, and makes their functions callable.
+
+The sources lie beside this module. They are compiled by the system's compiler the first time that
+a model is loaded, which takes some seconds, and kept in a cache directory under a name that
+contains a digest of the sources, flags and compiler. No headers but the compiler's own are needed.
+Where there is no compiler, or the processor lacks the instructions, there is no library, and plain
+torch computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from understudy.runtime.log import get_logger
+
+_SOURCES: Final = ("products.cpp", "layer.cpp", "attention.cpp")
+_HEADERS: Final = ("simd.h",)
+_FEATURES: Final = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
+"""As ``/proc/cpuinfo`` names them; processors since 2019 have them."""
+_FLAGS: Final = (
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-w"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"),
+    "-ffp-contract=off",  # what is fused is said in the sources: bits are not the compiler's choice
+)
+_COMPILERS: Final = ("c++", "g++", "clang++")
+_COMPILE_S_MAX: Final = 120.0
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_SIGNATURES: Final = {
+    "use_threads": (_INT,),
+    "product_float": (
+        *(_POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER),
+        *(_LONG, _LONG, _LONG),
+    ),
+    "product_int8": (
+        *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+        *(_LONG, _LONG, _LONG),
+    ),
+    "pack_float": (_POINTER, _POINTER, _LONG, _LONG),
+    "pack_brain": (_POINTER, _POINTER, _LONG, _LONG),
+    "pack_int8": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
+    "add_and_normalise": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _FLOAT),
+    "silu_and_multiply": (_POINTER, _POINTER, _LONG, _LONG),
+    "rotate_and_store_float": (_POINTER,) * 8,
+    "rotate_and_store_int8": (_POINTER,) * 10,
+    "attend_float": (*(_POINTER,) * 7, _LONG, _POINTER),
+    "attend_int8": (*(_POINTER,) * 9, _LONG, _POINTER),
+}
+
+
+class Library(NamedTuple):
+    """The compiled kernels."""
+
+    functions: ctypes.CDLL
+    version: str
+    """A digest of what decides about bits: the sources and the flags."""
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """What a kernel takes for a tensor: where its numbers are."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def native_library(device: torch.device, dtype: torch.dtype) -> Library | None:
+    """The kernels, if they compute on a device and in a dtype: on the CPU, in float32.
+
+    They share their work among as many threads as torch does now.
+    """
+    if device.type != "cpu" or dtype != torch.float32:
+        return None
+    library = _library()
+    if library is not None:
+        library.functions.use_threads(torch.get_num_threads())
+    return library
+
+
+@cache
+def _library() -> Library | None:
+    """The kernels, compiled if they were not; None where they cannot be had, and why is logged."""
+    missing = _FEATURES - _processor_features()
+    if missing:
+        get_logger().info("native kernels: this processor lacks " + ", ".join(sorted(missing)))
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        get_logger().warning(
+            "native kernels: there is no C++ compiler, the CPU computes with plain torch, slower;"
+            " install g++ or clang++"
+        )
+        return None
+    try:
+        path = _compiled(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        get_logger().warning(f"native kernels: cannot be compiled, torch computes: {reason}")
+        return None
+    functions = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(functions, name)
+        function.argtypes = arguments
+        function.restype = None
+    return Library(functions, _digest(_sources(), _FLAGS)[:8])
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: ``CACHE_DIRECTORY`` under systemd, else the user's cache."""
+    given = os.environ.get("CACHE_DIRECTORY")
+    if given:
+        return Path(given.partition(":")[0])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy"
+
+
+def _processor_features() -> frozenset[str]:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2]
+    except OSError:
+        return frozenset()
+    return frozenset(flags.partition("\n")[0].split())
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    found = (shutil.which(name) for name in ((named,) if named else _COMPILERS))
+    return next((path for path in found if path is not None), None)
+
+
+def _sources() -> bytes:
+    folder = Path(__file__).parent
+    return b"".join((folder / name).read_bytes() for name in (*_HEADERS, *_SOURCES))
+
+
+def _digest(sources: bytes, parts: Sequence[str]) -> str:
+    return hashlib.sha256(sources + "\0".join(parts).encode()).hexdigest()
+
+
+def _compiled(compiler: str) -> Path:
+    version = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=_COMPILE_S_MAX
+    ).stdout
+    # The library is linked against torch's threads, so it belongs to a release of torch, too.
+    name = _digest(_sources(), (*_FLAGS, version, torch.__version__))[:32]
+    folder = cache_directory()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"kernels-{name}.so"
+    if not _is_ours(path):
+        get_logger().info("native kernels: compiling, once for this machine", compiler=compiler)
+        _compile(compiler, path)
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file is there, and nobody else can have written what it holds."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(status.st_mode) or status.st_uid not in {os.geteuid(), 0}:
+        raise PermissionError(f"{path} belongs to somebody else; remove it")
+    return not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile all sources at once; the library appears whole or not at all."""
+    folder = Path(__file__).parent
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = [str(Path(scratch, name).with_suffix(".o")) for name in _SOURCES]
+
+        def run(*arguments: str) -> None:
+            subprocess.run(
+                [compiler, *arguments],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_COMPILE_S_MAX,
+            )
+
+        with ThreadPoolExecutor() as pool:
+            pairs = zip(_SOURCES, objects, strict=True)
+            jobs = [
+                pool.submit(run, *_FLAGS, "-c", str(folder / source), "-o", made)
+                for source, made in pairs
+            ]
+            for job in jobs:
+                job.result()
+        linked = Path(scratch, path.name)
+        run("-shared", "-fopenmp", *objects, "-o", str(linked))
+        linked.chmod(0o500)
+        linked.replace(path)

@@ -1,0 +1,328 @@
+// Products of rows with weights: y[m][n] = sum over k of x[m][k] * w[n][k].
+//
+// A weight lies in panels of 32 outputs, k after k, so that a panel is read from front to back. Up
+// to 14 rows are multiplied with a panel at once: their 28 vectors of sums, two of the weight and
+// one of the row are all registers that there are.
+//
+// Each sum is one chain of fused multiply-adds over k = 0, 1, 2 …; how many rows there are, or
+// threads, changes nothing in it. So a row's bits are its own, and exact numerics cost nothing.
+
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+
+#include "simd.h"
+
+int threads = 1;
+
+namespace {
+
+constexpr long PANEL = 32;
+constexpr long TILE_ROWS = 14;
+constexpr long CHUNK_ROWS = 16 * TILE_ROWS;  // rows that meet a panel while it is in the cache
+constexpr long BLOCK_TERMS = 512;            // terms of a sum before the next tile has its turn
+constexpr int AHEAD = 2048;                  // bytes; a panel's next ones are fetched early
+
+// One term of a panel's sums: two vectors.
+struct Pair {
+    Float16x low, high;
+};
+
+// A weight of 32 bits a number.
+struct Wide {
+    static constexpr long BYTES = PANEL * 4;
+    static Pair term(const char* at) {
+        const auto* numbers = reinterpret_cast<const float*>(at);
+        return {load(numbers), load(numbers + LANES)};
+    }
+};
+
+// A weight of bfloat16: outputs i and i + 16 share 32 bits, so that a shift and a mask widen them.
+struct Brain {
+    static constexpr long BYTES = PANEL * 2;
+    static Pair term(const char* at) {
+        const Int16x both = _mm512_loadu_si512(at);
+        const Int16x upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+                _mm512_castsi512_ps(_mm512_and_si512(both, upper))};
+    }
+};
+
+// Where a tile's rows come from and go to.
+struct FloatTile {
+    const float* x;
+    long x_stride;
+    float* y;
+    long y_stride;
+    const float* bias;  // of this panel, or null
+    long outputs;       // of this panel
+};
+
+template <class Weight, int ROWS>
+void multiply_tile(const FloatTile& tile, const char* panel, long from, long to, bool is_last) {
+    const Mask low = first_lanes(tile.outputs), high = first_lanes(tile.outputs - LANES);
+    Float16x sums[ROWS][2];
+    UNROLLED
+    for (int i = 0; i < ROWS; i++) {
+        sums[i][0] = from ? load(tile.y + i * tile.y_stride, low) : _mm512_setzero_ps();
+        sums[i][1] = from ? load(tile.y + i * tile.y_stride + LANES, high) : _mm512_setzero_ps();
+    }
+    for (long k = from; k < to; k++) {
+        const char* at = panel + k * Weight::BYTES;
+        if constexpr (ROWS <= 4) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+        const Pair weight = Weight::term(at);
+        UNROLLED
+        for (int i = 0; i < ROWS; i++) {
+            const Float16x x = all(tile.x[i * tile.x_stride + k]);
+            sums[i][0] = _mm512_fmadd_ps(x, weight.low, sums[i][0]);
+            sums[i][1] = _mm512_fmadd_ps(x, weight.high, sums[i][1]);
+        }
+    }
+    if (is_last && tile.bias) {
+        const Float16x first = load(tile.bias, low), second = load(tile.bias + LANES, high);
+        UNROLLED
+        for (int i = 0; i < ROWS; i++) {
+            sums[i][0] = _mm512_add_ps(sums[i][0], first);
+            sums[i][1] = _mm512_add_ps(sums[i][1], second);
+        }
+    }
+    UNROLLED
+    for (int i = 0; i < ROWS; i++) {
+        store(tile.y + i * tile.y_stride, sums[i][0], low);
+        store(tile.y + i * tile.y_stride + LANES, sums[i][1], high);
+    }
+}
+
+// Where a tile's rows of integers come from and go to.
+struct IntegerTile {
+    const uint8_t* x;  // 128 above what they stand for
+    long x_stride;
+    const float* row_scales;
+    float* y;
+    long y_stride;
+    const int32_t* start;  // what takes the 128 off again
+    const float* scales;
+    const float* bias;
+    long outputs;
+};
+
+// The intrinsic makes compilers copy sums from register to register; this does not.
+inline void add_products(Int16x& sums, Int16x x, Int16x weight) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(weight));
+}
+
+template <int ROWS>
+void multiply_integer_tile(const IntegerTile& tile, const int8_t* panel, long terms) {
+    Int16x sums[ROWS][2];
+    const Int16x first = _mm512_loadu_si512(tile.start);
+    const Int16x second = _mm512_loadu_si512(tile.start + LANES);
+    UNROLLED
+    for (int i = 0; i < ROWS; i++) sums[i][0] = first, sums[i][1] = second;
+    for (long k = 0; k < terms; k += 4) {
+        const int8_t* at = panel + k * PANEL;
+        if constexpr (ROWS <= 4) {
+            _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);
+        }
+        const Int16x low = _mm512_loadu_si512(at), high = _mm512_loadu_si512(at + 64);
+        UNROLLED
+        for (int i = 0; i < ROWS; i++) {
+            int four;
+            std::memcpy(&four, tile.x + i * tile.x_stride + k, 4);
+            const Int16x x = _mm512_set1_epi32(four);
+            add_products(sums[i][0], x, low);
+            add_products(sums[i][1], x, high);
+        }
+    }
+    const Mask lanes[] = {first_lanes(tile.outputs), first_lanes(tile.outputs - LANES)};
+    UNROLLED
+    for (int i = 0; i < ROWS; i++) {
+        const Float16x row_scale = all(tile.row_scales[i]);
+        UNROLLED
+        for (int half = 0; half < 2; half++) {
+            const long at = half * LANES;
+            Float16x y = _mm512_cvtepi32_ps(sums[i][half]);
+            y = _mm512_mul_ps(y, load(tile.scales + at, lanes[half]));
+            y = _mm512_mul_ps(y, row_scale);
+            if (tile.bias) y = _mm512_add_ps(y, load(tile.bias + at, lanes[half]));
+            store(tile.y + i * tile.y_stride + at, y, lanes[half]);
+        }
+    }
+}
+
+// Calls `multiply` with the number of rows as a constant.
+template <class Multiply>
+void with_rows(long rows, Multiply multiply) {
+    switch (rows) {
+#define ROWS_CASE(N) \
+    case N: return multiply(std::integral_constant<int, N>{});
+        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
+        ROWS_CASE(6) ROWS_CASE(7) ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10)
+        ROWS_CASE(11) ROWS_CASE(12) ROWS_CASE(13) ROWS_CASE(14)
+#undef ROWS_CASE
+    }
+}
+
+// Cuts `rows` into tiles of about the same size, none above 14: `tile(first, count)`.
+template <class Tile>
+void for_tiles(long rows, Tile tile) {
+    long first = 0;
+    for (long left = (rows + TILE_ROWS - 1) / TILE_ROWS; left > 0; left--) {
+        const long count = (rows - first + left - 1) / left;
+        tile(first, count);
+        first += count;
+    }
+}
+
+// Shares panels, and of many rows chunks of them, among threads: `work(panel, first, rows)`.
+template <class Work>
+void for_panels(long rows, long outputs, Work work) {
+    const long panels = (outputs + PANEL - 1) / PANEL;
+    const long chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    const long share = std::max(1L, panels * chunks / (8L * threads));
+#pragma omp parallel for num_threads(threads) schedule(dynamic, share)
+    for (long task = 0; task < panels * chunks; task++) {
+        const long first = task % chunks * CHUNK_ROWS;
+        work(task / chunks, first, std::min(CHUNK_ROWS, rows - first));
+    }
+}
+
+template <class Weight>
+void float_product(const float* x, long x_stride, const char* weight, const float* bias, float* y,
+                   long rows, long inputs, long outputs) {
+    for_panels(rows, outputs, [&](long panel, long first, long count) {
+        const char* at = weight + panel * inputs * Weight::BYTES;
+        for (long from = 0; from < inputs; from += BLOCK_TERMS) {
+            const long to = std::min(inputs, from + BLOCK_TERMS);
+            for_tiles(count, [&](long offset, long tile_rows) {
+                const long row = first + offset, output = panel * PANEL;
+                const FloatTile tile{x + row * x_stride,    x_stride,
+                                     y + row * outputs + output, outputs,
+                                     bias ? bias + output : nullptr, outputs - output};
+                with_rows(tile_rows, [&](auto constant) {
+                    multiply_tile<Weight, constant>(tile, at, from, to, to == inputs);
+                });
+            });
+        }
+    });
+}
+
+// Rows to 8 bits, 128 above what they stand for, and each row's largest magnitude.
+void quantize_row(const float* x, long inputs, long terms, uint8_t* levels, float& largest) {
+    // As integers, so that what is no number is the largest.
+    const Int16x magnitude = _mm512_set1_epi32(0x7fffffff);
+    Int16x most = _mm512_setzero_si512();
+    for (long k = 0; k < inputs; k += LANES) {
+        const Int16x bits = _mm512_castps_si512(load(x + k, first_lanes(inputs - k)));
+        most = _mm512_max_epi32(most, _mm512_and_si512(bits, magnitude));
+    }
+    const int bits = _mm512_reduce_max_epi32(most);
+    std::memcpy(&largest, &bits, 4);
+    largest = largest < 0x1p-100f ? 0x1p-100f : largest;
+    const Float16x factor = all(127.0f / largest);
+    for (long k = 0; k < terms; k += LANES) {
+        const Float16x scaled = _mm512_mul_ps(load(x + k, first_lanes(inputs - k)), factor);
+        const Int16x level = _mm512_cvttps_epi32(_mm512_add_ps(scaled, all(128.5f)));
+        _mm512_mask_cvtepi32_storeu_epi8(levels + k, first_lanes(terms - k), level);
+    }
+}
+
+// Memory that a thread keeps for its next call.
+uint8_t* scratch(size_t bytes) {
+    thread_local std::unique_ptr<uint8_t, decltype(&std::free)> memory{nullptr, &std::free};
+    thread_local size_t size = 0;
+    if (size < bytes) {
+        size = (bytes + 4095) / 4096 * 4096;
+        memory.reset(static_cast<uint8_t*>(std::aligned_alloc(64, size)));
+    }
+    return memory.get();
+}
+
+constexpr long MANY_NUMBERS = 1 << 14;  // below this, threads take longer to wake than to work
+
+}  // namespace
+
+extern "C" {
+
+void use_threads(int count) { threads = count; }
+
+// `weight` as pack_float left it; `is_brain` says in which of its two forms.
+void product_float(const float* x, long x_stride, const char* weight, int is_brain,
+                   const float* bias, float* y, long rows, long inputs, long outputs) {
+    if (is_brain)
+        float_product<Brain>(x, x_stride, weight, bias, y, rows, inputs, outputs);
+    else
+        float_product<Wide>(x, x_stride, weight, bias, y, rows, inputs, outputs);
+}
+
+// Rows are quantised on the way; `start` and `scales` have a number for each output, panels whole.
+void product_int8(const float* x, long x_stride, const int8_t* weight, const int32_t* start,
+                  const float* scales, const float* bias, float* y, long rows, long inputs,
+                  long outputs) {
+    const long terms = (inputs + 3) / 4 * 4;
+    const long stride = (terms + 63) / 64 * 64;
+    uint8_t* levels = scratch(rows * (stride + sizeof(float)));
+    auto* row_scales = reinterpret_cast<float*>(levels + rows * stride);
+#pragma omp parallel for num_threads(threads) if (rows > 1 && rows * inputs > MANY_NUMBERS)
+    for (long row = 0; row < rows; row++)
+        quantize_row(x + row * x_stride, inputs, terms, levels + row * stride, row_scales[row]);
+    for_panels(rows, outputs, [&](long panel, long first, long count) {
+        for_tiles(count, [&](long offset, long tile_rows) {
+            const long row = first + offset, output = panel * PANEL;
+            const IntegerTile tile{levels + row * stride, stride, row_scales + row,
+                                   y + row * outputs + output, outputs, start + output,
+                                   scales + output, bias ? bias + output : nullptr,
+                                   outputs - output};
+            with_rows(tile_rows, [&](auto constant) {
+                multiply_integer_tile<constant>(tile, weight + panel * terms * PANEL, terms);
+            });
+        });
+    });
+}
+
+// [outputs, inputs] to panels [inputs][32]; what is beyond the outputs is zero.
+void pack_float(const float* weight, float* panels, long inputs, long outputs) {
+    const long count = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads)
+    for (long panel = 0; panel < count; panel++)
+        for (long k = 0; k < inputs; k++)
+            for (long n = 0; n < PANEL; n++) {
+                const long output = panel * PANEL + n;
+                panels[(panel * inputs + k) * PANEL + n] =
+                    output < outputs ? weight[output * inputs + k] : 0.0f;
+            }
+}
+
+// The same of 16-bit numbers; outputs i and i + 16 become neighbours.
+void pack_brain(const uint16_t* weight, uint16_t* panels, long inputs, long outputs) {
+    const long count = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads)
+    for (long panel = 0; panel < count; panel++)
+        for (long k = 0; k < inputs; k++)
+            for (long n = 0; n < PANEL; n++) {
+                const long output = panel * PANEL + n % 2 * LANES + n / 2;
+                panels[(panel * inputs + k) * PANEL + n] =
+                    output < outputs ? weight[output * inputs + k] : 0;
+            }
+}
+
+// [outputs, inputs] to panels [inputs / 4][32][4], and for each output -128 times its sum.
+void pack_int8(const int8_t* weight, int8_t* panels, int32_t* start, long inputs, long outputs) {
+    const long terms = (inputs + 3) / 4 * 4;
+    const long count = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads)
+    for (long panel = 0; panel < count; panel++)
+        for (long n = 0; n < PANEL; n++) {
+            const long output = panel * PANEL + n;
+            int32_t sum = 0;
+            for (long k = 0; k < terms; k++) {
+                const bool is_real = output < outputs && k < inputs;
+                const int8_t value = is_real ? weight[output * inputs + k] : 0;
+                panels[panel * terms * PANEL + k / 4 * 4 * PANEL + n * 4 + k % 4] = value;
+                sum += value;
+            }
+            start[output] = -128 * sum;
+        }
+}
+
+}  // extern "C"
