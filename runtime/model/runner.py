@@ -75,8 +75,7 @@ class ModelRunner:
         logits = self.logits(plan)
         if logits is None:
             return {}
-        # A row's maximum is not finite if any of its numbers is NaN or infinite.
-        is_finite = logits.amax(dim=1).isfinite().tolist()
+        is_finite = self._sampler.are_finite(logits)
         if len(is_finite) > 1 and not any(is_finite):
             raise EngineFault(f"no logits of {len(is_finite)} sequences are finite")
         sampled = [scheduled for scheduled in plan.scheduled if scheduled.samples]

@@ -21,6 +21,8 @@ import torch.nn.functional as F  # noqa: N812 - the name that every torch progra
 from torch import Tensor
 
 from understudy.protocol.request import SamplingParams, TokenLogprobs
+from understudy.runtime.model.native.library import native_library
+from understudy.runtime.model.native.sampling import Draw, likeliest, may_win
 from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
 from understudy.runtime.model.operations import has_kernels
 from understudy.runtime.scheduling.decision import SampledToken
@@ -68,6 +70,17 @@ class Sampler:
         self._device = device
         self._token_ids = torch.arange(vocab_size, device=device)
         self._has_kernels = has_kernels(device)
+        self._library = native_library(device, torch.float32)
+
+    def are_finite(self, logits: Tensor) -> list[bool]:
+        """Whether the numbers of each row of ``logits``, but for forbidden ones, are finite."""
+        # A row's maximum is not finite if any of its numbers is NaN or infinite.
+        if self._library is not None:
+            peaks = likeliest(self._library, logits).values
+        else:
+            peaks = logits.amax(dim=1)
+        finite: list[bool] = peaks.isfinite().tolist()
+        return finite
 
     def sample(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[SampledToken]:
         """Draw a token for each row of ``logits`` ``[rows, vocab_size]``, float32.
@@ -114,7 +127,7 @@ class Sampler:
         if self._has_kernels:
             return _drawn_by_kernels(logits, rows)
         # One argmax for everyone, even for rows that will draw: it costs less than choosing rows.
-        tokens: list[int] = logits.argmax(dim=1).tolist()
+        tokens = self._likeliest(logits)
         truncated = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_truncated]
         full = [i for i, row in enumerate(rows) if not row.is_greedy and not row.is_truncated]
         if full:
@@ -137,6 +150,14 @@ class Sampler:
     def _draw_from_all(self, logits: Tensor, rows: Rows[SamplingRow], some: list[int]) -> list[int]:
         """Draw for some rows from the whole vocabulary, by chunks that stay in the cache."""
         temperatures, keys = self._temperatures(rows, some), self._keys(rows, some)
+        if self._library is not None:
+            draws = [
+                Draw(index, key, rows[index].params.temperature)
+                for index, (key,) in zip(some, keys.tolist(), strict=True)
+            ]
+            contenders = may_win(self._library, logits, draws)
+            if contenders is not None:
+                return _winners(logits[some], contenders, temperatures, keys)
         chosen = _rows_of(logits, some)
         width = max(_NOISE_ELEMENTS_MAX // len(some), _NOISE_WIDTH_MIN)
         best = torch.full((len(some),), -math.inf, dtype=torch.float64, device=self._device)
@@ -149,6 +170,12 @@ class Sampler:
             best = torch.maximum(best, values)
         drawn: list[int] = tokens.tolist()
         return drawn
+
+    def _likeliest(self, logits: Tensor) -> list[int]:
+        if self._library is not None:
+            return likeliest(self._library, logits).ids
+        tokens: list[int] = logits.argmax(dim=1).tolist()
+        return tokens
 
     def _draw_among(
         self, logits: Tensor, rows: Rows[SamplingRow], some: list[int], num_candidates: int
@@ -231,6 +258,17 @@ def _drawn_by_kernels(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
     ]
     tokens: list[int] = draw_tokens(logits, draws).tolist()
     return tokens
+
+
+def _winners(
+    logits: Tensor, contenders: list[list[int]], temperatures: Tensor, keys: Tensor
+) -> list[int]:
+    """Of each row's contenders, ascending, the one whose noisy logit is the greatest."""
+    width = max(map(len, contenders))
+    ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in contenders])
+    noisy = logits.gather(1, ids).to(torch.float64) / temperatures + gumbel_noise(keys, ids)
+    winners: list[int] = ids.gather(1, noisy.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
+    return winners
 
 
 def _rows_of(logits: Tensor, some: list[int]) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from understudy.runtime.log import get_logger
 
-_SOURCES: Final = ("products.cpp", "layer.cpp", "attention.cpp")
+_SOURCES: Final = ("products.cpp", "layer.cpp", "attention.cpp", "sampling.cpp")
 _HEADERS: Final = ("simd.h",)
 _FEATURES: Final = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
 """As ``/proc/cpuinfo`` names them; processors since 2019 have them."""
@@ -57,6 +57,8 @@ _SIGNATURES: Final = {
     "silu_and_multiply": (_POINTER, _POINTER, _LONG, _LONG),
     "rotate_and_store_float": (_POINTER,) * 8,
     "rotate_and_store_int8": (_POINTER,) * 10,
+    "likeliest": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
+    "may_win": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG),
     "attend_float": (*(_POINTER,) * 7, _LONG, _POINTER),
     "attend_int8": (*(_POINTER,) * 9, _LONG, _POINTER),
 }
