@@ -7,6 +7,7 @@ from torch import Tensor
 
 from understudy.runtime.model.layers import DenseLinear, Linear
 from understudy.runtime.model.native.library import native_library
+from understudy.runtime.model.native.linear import NativeLinear
 from understudy.runtime.model.quantization import (
     Int4Linear,
     Int4Weight,
@@ -35,14 +36,19 @@ def make_linear(
     if isinstance(weight, Tensor):
         match quantization:
             case "none":
-                return _dense(weight, bias, dtype, device)
+                pass
             case "int8":
                 weight = quantize_int8(weight)
             case "int4":
                 weight = quantize_int4(weight)
     if isinstance(weight, Int4Weight):
         return Int4Linear(weight, bias, dtype=dtype)
-    return _int8(weight, bias, dtype, device)
+    library = native_library(device, dtype)
+    if library is not None:
+        return NativeLinear(library, weight, bias)
+    if isinstance(weight, Int8Weight):
+        return Int8Linear(weight, bias, dtype=dtype)
+    return DenseLinear(weight.to(device, dtype), bias)
 
 
 def kept_dtype(stored: torch.dtype, *, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -52,23 +58,3 @@ def kept_dtype(stored: torch.dtype, *, dtype: torch.dtype, device: torch.device)
     """
     is_widened = native_library(device, dtype) is not None
     return stored if is_widened and stored == torch.bfloat16 else dtype
-
-
-def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:
-    library = native_library(device, dtype)
-    if library is None:
-        return DenseLinear(weight.to(device, dtype), bias)
-    from understudy.runtime.model.native.linear import NativeLinear
-
-    return NativeLinear(library, weight, bias)
-
-
-def _int8(
-    weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> Linear:
-    library = native_library(device, dtype)
-    if library is None:
-        return Int8Linear(weight, bias, dtype=dtype)
-    from understudy.runtime.model.native.linear import NativeInt8Linear
-
-    return NativeInt8Linear(library, weight, bias)

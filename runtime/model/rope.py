@@ -43,8 +43,19 @@ class RotaryEmbedding:
     def __call__(self, positions: Tensor) -> Rotation:
         """Rotations for ``positions`` ``[tokens]``."""
         angles = positions.to(torch.float32).unsqueeze(1) * self._frequencies
-        cosines = angles.cos()
-        sines = angles.sin()
+        return self._rotation(angles.cos(), angles.sin())
+
+    def table(self, num_positions: int) -> Rotation:
+        """Rotations of all positions below ``num_positions``.
+
+        Computed in double, so that a number does not depend on its place in the table: the last few
+        of a tensor's, or of a thread's share of it, are computed by another formula.
+        """
+        positions = torch.arange(num_positions, device=self._frequencies.device)
+        angles = (positions.to(torch.float32).unsqueeze(1) * self._frequencies).to(torch.float64)
+        return self._rotation(angles.cos().to(torch.float32), angles.sin().to(torch.float32))
+
+    def _rotation(self, cosines: Tensor, sines: Tensor) -> Rotation:
         if self._attention_factor != 1.0:
             cosines *= self._attention_factor
             sines *= self._attention_factor

@@ -14,7 +14,7 @@ rows belong to sequences; it is told by a plan. Families differ in what is prese
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
@@ -23,6 +23,9 @@ from torch import Tensor
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import KVCache, LayerCache
 from understudy.runtime.model.layers import Linear
+from understudy.runtime.model.native.attention import NativeAttention, NativePlan
+from understudy.runtime.model.native.layers import NativeLayers
+from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.numerics import Numerics, RowTiles, common_row_counts
 from understudy.runtime.model.operations import parts_for
 from understudy.runtime.model.rope import RotaryEmbedding, Rotation
@@ -87,6 +90,7 @@ class Transformer:
         )
         self._weights = weights
         self._rope = RotaryEmbedding(config, self.device)
+        self._native = self._native_layers()
         linears = [linear for layer in weights.layers for linear in layer.linears]
         self.tiles = _row_tiles(linears, numerics, rows_max=_LAYER_ROWS_MAX)
         self._head_tiles = _row_tiles([weights.lm_head], numerics, rows_max=_HEAD_ROWS_MAX)
@@ -100,6 +104,9 @@ class Transformer:
         """Compute a batch's hidden states ``[rows, hidden_size]``; fills the cache on the way."""
         operations = self._operations
         hidden = F.embedding(batch.token_ids, self._weights.embedding).to(self.dtype)
+        if self._native is not None:
+            plan = cast("NativePlan", batch.attention)
+            return self._native.run(hidden, batch.positions, batch.slots, plan, cache)
         rotation = self._rope(batch.positions)
         delta: Tensor | None = None
         for layer, layer_cache in zip(self._weights.layers, cache.layers, strict=True):
@@ -118,6 +125,16 @@ class Transformer:
         if sum(tiles) > num_rows:
             normed = F.pad(normed, (0, 0, 0, sum(tiles) - num_rows))
         return self._weights.lm_head(normed, tiles)[:num_rows].to(torch.float32)
+
+    def _native_layers(self) -> NativeLayers | None:
+        """All layers in one call, where all they need is there."""
+        library = native_library(self.device, self.dtype)
+        if library is None or not NativeAttention.takes(self.config):
+            return None
+        layers = self._weights.layers
+        if not NativeLayers.takes(layers):
+            return None
+        return NativeLayers(library, self.config, layers, self._rope)
 
     def _attend(
         self,

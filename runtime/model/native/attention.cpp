@@ -11,14 +11,17 @@
 
 #include <limits>
 #include <type_traits>
+#include <vector>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace {
 
 constexpr long KEYS = 128;      // of a chunk
 constexpr long TILE_KEYS = 32;  // laid out as columns at once
-constexpr long ROWS_MAX = 64;   // of a unit
+constexpr long ROWS_MAX = 64;   // of a unit, if a token has no more
+constexpr long ROWS = 28;       // as many as fit: laying keys out is a small part then
 constexpr long WIDTH_MAX = 256;
 constexpr int SCORE_ROWS = 14;   // of a tile of scores: 28 vectors of sums
 constexpr int OUTPUT_ROWS = 6;   // of a tile of outputs: with 4 vectors each, 24
@@ -26,24 +29,14 @@ constexpr int OUTPUT_WIDTH = 4;  // vectors
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// As `_Shape` in attention.py has it.
-struct Shape {
-    long heads, kv_heads, width, block_size;
-    float scale;
-};
-
-// As the columns of a plan's spans and units are.
-struct Span {
-    int64_t row, tokens, position, table;
-};
-
+// Some tokens of a span, and one head of keys.
 struct Unit {
-    int64_t span, first, tokens, kv_head;
+    long span, first, tokens, key_head;
 };
 
-// Keys and values of 32 bits, or of 8 with a scale for each slot and head.
+// The cache, as what its numbers are.
 template <class Number>
-struct Cache {
+struct Stored {
     const Number *keys, *values;
     const float *key_scales, *value_scales;
 };
@@ -137,16 +130,16 @@ void lay_out(const Number* keys, const int64_t* places, long count, long width, 
 
 // Scores of a chunk's keys for rows from `first_row` on; earlier ones see none of them.
 template <class Number>
-void score_chunk(Room& room, const Cache<Number>& cache, const Shape& shape, long first_row,
+void score_chunk(Room& room, const Stored<Number>& cache, const Heads& form, long first_row,
                  long rows, long keys) {
     for (long tile = 0; tile < keys; tile += TILE_KEYS) {
         for (long half = 0; half < TILE_KEYS; half += LANES)
-            lay_out(cache.keys, room.places + tile + half, keys - tile - half, shape.width,
+            lay_out(cache.keys, room.places + tile + half, keys - tile - half, form.width,
                     room.columns + half);
         for (long row = first_row; row < rows; row += SCORE_ROWS)
             with_constant<SCORE_ROWS>(std::min<long>(SCORE_ROWS, rows - row), [&](auto count) {
-                score_tile<count>(room.query + row * shape.width, room.columns,
-                                  room.scores + row * KEYS + tile, shape.width);
+                score_tile<count>(room.query + row * form.width, room.columns,
+                                  room.scores + row * KEYS + tile, form.width);
             });
     }
 }
@@ -187,32 +180,34 @@ void weigh(Room& room, long row, long seen, long keys, long width, bool is_scale
 }
 
 template <class Number>
-void add_values(Room& room, const Cache<Number>& cache, const Shape& shape, long first_row,
+void add_values(Room& room, const Stored<Number>& cache, const Heads& form, long first_row,
                 long rows, long keys) {
     for (long row = first_row; row < rows; row += OUTPUT_ROWS)
-        for (long d = 0; d < shape.width; d += OUTPUT_WIDTH * LANES) {
-            const long vectors = std::min<long>(OUTPUT_WIDTH, (shape.width - d) / LANES);
+        for (long d = 0; d < form.width; d += OUTPUT_WIDTH * LANES) {
+            const long vectors = std::min<long>(OUTPUT_WIDTH, (form.width - d) / LANES);
             with_constant<OUTPUT_ROWS>(std::min<long>(OUTPUT_ROWS, rows - row), [&](auto count) {
                 with_constant<OUTPUT_WIDTH>(vectors, [&](auto wide) {
                     output_tile<Number, count, wide>(
                         room.scores + row * KEYS, cache.values + d, room.places,
-                        room.output + row * shape.width + d, shape.width, keys);
+                        room.output + row * form.width + d, form.width, keys);
                 });
             });
         }
 }
 
 template <class Number>
-void attend_unit(Room& room, const float* heads, float* output, const Cache<Number>& cache,
-                 const int64_t* table, const Span& span, const Unit& unit, const Shape& shape) {
-    const long group = shape.heads / shape.kv_heads, width = shape.width;
+void attend_unit(Room& room, const float* heads, float* output, const Stored<Number>& cache,
+                 const Spans& spans, const Unit& unit, const Heads& form) {
+    const Span& span = spans.spans[unit.span];
+    const int64_t* table = spans.tables + span.table;
+    const long group = form.queries / form.keys, width = form.width;
     const long rows = unit.tokens * group;
-    const long stride = (shape.heads + 2 * shape.kv_heads) * width;
+    const long stride = (form.queries + 2 * form.keys) * width;
     for (long row = 0; row < rows; row++) {
         const float* at = heads + (span.row + unit.first + row / group) * stride +
-                          (unit.kv_head * group + row % group) * width;
+                          (unit.key_head * group + row % group) * width;
         for (long d = 0; d < width; d += LANES) {
-            store(room.query + row * width + d, _mm512_mul_ps(load(at + d), all(shape.scale)));
+            store(room.query + row * width + d, _mm512_mul_ps(load(at + d), all(form.scale)));
             store(room.output + row * width + d, _mm512_setzero_ps());
         }
         room.peak[row] = NOTHING;
@@ -225,9 +220,9 @@ void attend_unit(Room& room, const float* heads, float* output, const Cache<Numb
         const long keys = std::min(KEYS, seen_last - start);
         for (long key = 0; key < keys; key++) {
             const long position = start + key;
-            const long slot = table[position / shape.block_size] * shape.block_size +
-                              position % shape.block_size;
-            room.places[key] = slot * shape.kv_heads + unit.kv_head;
+            const long slot = table[position / spans.block_size] * spans.block_size +
+                              position % spans.block_size;
+            room.places[key] = slot * form.keys + unit.key_head;
             if (is_scaled) {
                 room.key_scales[key] = cache.key_scales[room.places[key]];
                 room.value_scales[key] = cache.value_scales[room.places[key]];
@@ -235,31 +230,45 @@ void attend_unit(Room& room, const float* heads, float* output, const Cache<Numb
         }
         // Tokens before this one see nothing of the chunk.
         const long first_row = std::max(0L, start + 1 - seen_first) * group;
-        score_chunk(room, cache, shape, first_row, rows, keys);
+        score_chunk(room, cache, form, first_row, rows, keys);
         for (long row = first_row; row < rows; row++) {
             const long seen = std::min(keys, seen_first + row / group - start);
             weigh(room, row, seen, keys, width, is_scaled);
         }
-        add_values(room, cache, shape, first_row, rows, keys);
+        add_values(room, cache, form, first_row, rows, keys);
     }
     for (long row = 0; row < rows; row++) {
-        float* to = output + ((span.row + unit.first + row / group) * shape.heads +
-                              unit.kv_head * group + row % group) * width;
+        float* to = output + ((span.row + unit.first + row / group) * form.queries +
+                              unit.key_head * group + row % group) * width;
         const Float16x total = all(room.total[row]);
         for (long d = 0; d < width; d += LANES)
             store(to + d, _mm512_div_ps(load(room.output + row * width + d), total));
     }
 }
 
+std::vector<Unit> units_of(const Spans& spans, const Heads& form) {
+    const long tokens_max = std::max(1L, ROWS * form.keys / form.queries);
+    std::vector<Unit> units;
+    for (long index = 0; index < spans.count; index++)
+        for (long first = 0; first < spans.spans[index].tokens; first += tokens_max)
+            for (long head = 0; head < form.keys; head++) {
+                const long left = spans.spans[index].tokens - first;
+                units.push_back({index, first, std::min(tokens_max, left), head});
+            }
+    return units;
+}
+
 template <class Number>
-void attend(const float* heads, float* output, const Cache<Number>& cache, const int64_t* tables,
-            const Span* spans, const Unit* units, long num_units, const Shape& shape) {
+void attend_as(const float* heads, float* output, const Heads& form, const Spans& spans,
+               const Cache& cache) {
+    const Stored<Number> stored{static_cast<const Number*>(cache.keys),
+                                static_cast<const Number*>(cache.values), cache.key_scales,
+                                cache.value_scales};
+    const std::vector<Unit> units = units_of(spans, form);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long index = 0; index < num_units; index++) {
+    for (size_t index = 0; index < units.size(); index++) {
         thread_local Room room;
-        const Unit& unit = units[index];
-        const Span& span = spans[unit.span];
-        attend_unit(room, heads, output, cache, tables + span.table, span, unit, shape);
+        attend_unit(room, heads, output, stored, spans, units[index], form);
     }
 }
 
@@ -267,18 +276,13 @@ void attend(const float* heads, float* output, const Cache<Number>& cache, const
 
 extern "C" {
 
-void attend_float(const float* heads, float* output, const float* keys, const float* values,
-                  const int64_t* tables, const Span* spans, const Unit* units, long num_units,
-                  const Shape* shape) {
-    const Cache<float> cache{keys, values, nullptr, nullptr};
-    attend(heads, output, cache, tables, spans, units, num_units, *shape);
-}
-
-void attend_int8(const float* heads, float* output, const int8_t* keys, const int8_t* values,
-                 const float* key_scales, const float* value_scales, const int64_t* tables,
-                 const Span* spans, const Unit* units, long num_units, const Shape* shape) {
-    const Cache<int8_t> cache{keys, values, key_scales, value_scales};
-    attend(heads, output, cache, tables, spans, units, num_units, *shape);
+// Rows of padding are left as they are.
+void attend(const float* heads, float* output, const Heads* form, const Spans* spans,
+            const Cache* cache) {
+    if (form->is_narrow)
+        attend_as<int8_t>(heads, output, *form, *spans, *cache);
+    else
+        attend_as<float>(heads, output, *form, *spans, *cache);
 }
 
 }  // extern "C"

@@ -1,5 +1,6 @@
 // What a layer does between its products: norms, the gated activation, rotation and storing.
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace {
@@ -40,16 +41,16 @@ void rotate(float* head, const float* cosines, const float* sines, long width) {
 }
 
 // A head's numbers as they are, or as 8 bits with a scale.
-void keep(const float* head, float* kept, float*, long width) {
+void keep(const float* head, float* kept, float*, long, long width) {
     std::memcpy(kept, head, width * sizeof(float));
 }
 
-void keep(const float* head, int8_t* kept, float* scale, long width) {
+void keep(const float* head, int8_t* kept, float* scales, long place, long width) {
     Float16x most = _mm512_setzero_ps();
     for (long i = 0; i < width; i += LANES)
         most = _mm512_max_ps(most, _mm512_abs_ps(load(head + i, first_lanes(width - i))));
     const float largest = std::max(_mm512_reduce_max_ps(most), 0x1p-100f);
-    *scale = largest / 127.0f;
+    scales[place] = largest / 127.0f;
     const Float16x factor = all(127.0f / largest);
     for (long i = 0; i < width; i += LANES) {
         const Mask lanes = first_lanes(width - i);
@@ -58,34 +59,28 @@ void keep(const float* head, int8_t* kept, float* scale, long width) {
     }
 }
 
-// Where rotate_and_store finds and leaves things; as `_Heads` in layer.py has it.
-struct Heads {
-    long rows, stored_rows;  // rows beyond the stored ones are padding
-    long heads, kv_heads, width;
-    float epsilon;
-};
-
 template <class Number>
-void rotate_and_store(float* rows, const float* qk_norm, const float* cosines, const float* sines,
-                      const int64_t* slots, Number* keys, Number* values, float* key_scales,
-                      float* value_scales, const Heads& heads) {
-    const long width = heads.width, rotated = heads.heads + heads.kv_heads;
-    const long stride = (rotated + heads.kv_heads) * width;
-#pragma omp parallel for num_threads(threads) if (heads.rows > 1 && heads.rows * stride > MANY_NUMBERS)
-    for (long row = 0; row < heads.rows; row++) {
-        float* at = rows + row * stride;
+void rotate_and_store_as(float* heads, const float* qk_norm, const Heads& form, const Rows& rows,
+                         const Cache& cache) {
+    const long width = form.width, rotated = form.queries + form.keys;
+    const long stride = (rotated + form.keys) * width;
+    auto *keys = static_cast<Number*>(cache.keys), *values = static_cast<Number*>(cache.values);
+#pragma omp parallel for num_threads(threads) if (rows.count > 1 && rows.count * stride > MANY_NUMBERS)
+    for (long row = 0; row < rows.count; row++) {
+        float* at = heads + row * stride;
+        const long turn = (rows.positions ? rows.positions[row] : row) * width;
         for (long head = 0; head < rotated; head++) {
             float* one = at + head * width;
-            if (qk_norm) normalise(one, qk_norm + head * width, one, width, heads.epsilon);
-            rotate(one, cosines + row * width, sines + row * width, width);
+            if (qk_norm) normalise(one, qk_norm + head * width, one, width, form.epsilon);
+            rotate(one, rows.cosines + turn, rows.sines + turn, width);
         }
-        if (row >= heads.stored_rows) continue;
-        for (long head = 0; head < heads.kv_heads; head++) {
-            const long place = slots[row] * heads.kv_heads + head;
-            keep(at + (heads.heads + head) * width, keys + place * width, key_scales + place,
-                 width);
-            keep(at + (rotated + head) * width, values + place * width, value_scales + place,
-                 width);
+        if (row >= rows.stored) continue;
+        for (long head = 0; head < form.keys; head++) {
+            const long place = rows.slots[row] * form.keys + head;
+            keep(at + (form.queries + head) * width, keys + place * width, cache.key_scales,
+                 place, width);
+            keep(at + (rotated + head) * width, values + place * width, cache.value_scales,
+                 place, width);
         }
     }
 }
@@ -127,18 +122,13 @@ void silu_and_multiply(const float* gate_and_up, float* y, long rows, long width
         }
 }
 
-// The cache's numbers have 32 bits, or 8 and a scale for each slot and head.
-void rotate_and_store_float(float* rows, const float* qk_norm, const float* cosines,
-                            const float* sines, const int64_t* slots, float* keys, float* values,
-                            const Heads* heads) {
-    rotate_and_store(rows, qk_norm, cosines, sines, slots, keys, values, keys, values, *heads);
-}
-
-void rotate_and_store_int8(float* rows, const float* qk_norm, const float* cosines,
-                           const float* sines, const int64_t* slots, int8_t* keys, int8_t* values,
-                           float* key_scales, float* value_scales, const Heads* heads) {
-    rotate_and_store(rows, qk_norm, cosines, sines, slots, keys, values, key_scales, value_scales,
-                     *heads);
+// Norms, if there are any, and turns queries and keys in place; stores keys and values.
+void rotate_and_store(float* heads, const float* qk_norm, const Heads* form, const Rows* rows,
+                      const Cache* cache) {
+    if (form->is_narrow)
+        rotate_and_store_as<int8_t>(heads, qk_norm, *form, *rows, *cache);
+    else
+        rotate_and_store_as<float>(heads, qk_norm, *form, *rows, *cache);
 }
 
 }  // extern "C"

@@ -9,22 +9,11 @@ from torch import Tensor
 
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import LayerCache
-from understudy.runtime.model.native.library import Library, pointer
+from understudy.runtime.model.native.attention import cache_of, heads_of
+from understudy.runtime.model.native.library import Library
+from understudy.runtime.model.native.structures import Rows, address
 from understudy.runtime.model.operations import Summed
 from understudy.runtime.model.rope import Rotation
-
-
-class _Heads(ctypes.Structure):
-    """As ``Heads`` in layer.cpp has it."""
-
-    _fields_ = (
-        ("rows", ctypes.c_long),
-        ("stored_rows", ctypes.c_long),
-        ("heads", ctypes.c_long),
-        ("kv_heads", ctypes.c_long),
-        ("width", ctypes.c_long),
-        ("epsilon", ctypes.c_float),
-    )
 
 
 class NativeOperations:
@@ -33,19 +22,14 @@ class NativeOperations:
     def __init__(self, library: Library, config: ModelConfig) -> None:
         self._functions = library.functions
         self._epsilon = config.rms_norm_eps
-        self._heads = _Heads(
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            width=config.head_dim,
-            epsilon=config.rms_norm_eps,
-        )
+        self._heads = heads_of(config)
 
     def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
         """See ``Operations``; ``hidden`` is changed in place."""
         num_rows, width = hidden.shape
         normed = torch.empty(num_rows, width)
         self._functions.add_and_normalise(
-            *(hidden.data_ptr(), pointer(delta), weight.data_ptr(), normed.data_ptr()),
+            *(hidden.data_ptr(), address(delta), weight.data_ptr(), normed.data_ptr()),
             *(num_rows, width, self._epsilon),
         )
         return Summed(hidden, normed)
@@ -59,11 +43,16 @@ class NativeOperations:
         cache: LayerCache,
     ) -> Tensor:
         """See ``Operations``; gives ``heads``, changed in place."""
-        self._heads.rows, self._heads.stored_rows = len(heads), len(slots)
-        self._functions.rotate_and_store_float(
-            *(heads.data_ptr(), pointer(qk_norm)),
-            *(rotation.cosines.data_ptr(), rotation.sines.data_ptr(), slots.data_ptr()),
-            *(cache.keys.data_ptr(), cache.values.data_ptr(), ctypes.byref(self._heads)),
+        rows = Rows(
+            count=len(heads),
+            stored=len(slots),
+            slots=slots.data_ptr(),
+            cosines=rotation.cosines.data_ptr(),
+            sines=rotation.sines.data_ptr(),
+        )
+        self._functions.rotate_and_store(
+            *(heads.data_ptr(), address(qk_norm), ctypes.byref(self._heads)),
+            *(ctypes.byref(rows), ctypes.byref(cache_of(cache))),
         )
         return heads
 

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor
 
 from understudy.runtime.log import get_logger
+from understudy.runtime.model.native.structures import FLOAT, LONG, POINTER
 
-_SOURCES: Final = ("products.cpp", "layer.cpp", "attention.cpp", "sampling.cpp")
-_HEADERS: Final = ("simd.h",)
+_SOURCES: Final = ("products.cpp", "layer.cpp", "attention.cpp", "layers.cpp", "sampling.cpp")
+_HEADERS: Final = ("kernels.h", "simd.h")
 _FEATURES: Final = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
 """As ``/proc/cpuinfo`` names them; processors since 2019 have them."""
 _FLAGS: Final = (
@@ -39,28 +39,20 @@ _FLAGS: Final = (
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _COMPILE_S_MAX: Final = 120.0
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_INT: Final = ctypes.c_int
 _SIGNATURES: Final = {
     "use_threads": (_INT,),
-    "product_float": (
-        *(_POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER),
-        *(_LONG, _LONG, _LONG),
-    ),
-    "product_int8": (
-        *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
-        *(_LONG, _LONG, _LONG),
-    ),
-    "pack_float": (_POINTER, _POINTER, _LONG, _LONG),
-    "pack_brain": (_POINTER, _POINTER, _LONG, _LONG),
-    "pack_int8": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
-    "add_and_normalise": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _FLOAT),
-    "silu_and_multiply": (_POINTER, _POINTER, _LONG, _LONG),
-    "rotate_and_store_float": (_POINTER,) * 8,
-    "rotate_and_store_int8": (_POINTER,) * 10,
-    "likeliest": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
-    "may_win": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG),
-    "attend_float": (*(_POINTER,) * 7, _LONG, _POINTER),
-    "attend_int8": (*(_POINTER,) * 9, _LONG, _POINTER),
+    "product": (POINTER, LONG, POINTER, POINTER, LONG),
+    "pack_float": (POINTER, POINTER, LONG, LONG),
+    "pack_brain": (POINTER, POINTER, LONG, LONG),
+    "pack_int8": (POINTER, POINTER, POINTER, LONG, LONG),
+    "add_and_normalise": (POINTER, POINTER, POINTER, POINTER, LONG, LONG, FLOAT),
+    "silu_and_multiply": (POINTER, POINTER, LONG, LONG),
+    "rotate_and_store": (POINTER, POINTER, POINTER, POINTER, POINTER),
+    "attend": (POINTER, POINTER, POINTER, POINTER, POINTER),
+    "run_layers": (POINTER, POINTER, LONG, POINTER, POINTER, POINTER, POINTER),
+    "likeliest": (POINTER, POINTER, POINTER, LONG, LONG),
+    "may_win": (POINTER, LONG, POINTER, POINTER, POINTER, POINTER, LONG, LONG),
 }
 
 
@@ -70,11 +62,6 @@ class Library(NamedTuple):
     functions: ctypes.CDLL
     version: str
     """A digest of what decides about bits: the sources and the flags."""
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """What a kernel takes for a tensor: where its numbers are."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 def native_library(device: torch.device, dtype: torch.dtype) -> Library | None:

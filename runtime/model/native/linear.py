@@ -6,10 +6,14 @@ of rows gives the same bits, and nothing has to be cut into tiles.
 
 from __future__ import annotations
 
+import ctypes
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from understudy.runtime.model.native.library import Library, pointer
+from understudy.runtime.model.native.library import Library
+from understudy.runtime.model.native.structures import BRAIN, INTEGER, WIDE, Matrix, address
 from understudy.runtime.model.quantization import LEVELS_INT8, Int8Weight
 
 _PANEL = 32
@@ -17,74 +21,74 @@ _PANEL = 32
 
 
 class NativeLinear:
-    """``x @ weight.T + bias`` in float32; a weight of bfloat16 stays so, and is widened on the way.
+    """``x @ weight.T + bias`` in float32.
 
-    That changes no bit, and half as many bytes are read, which is what a few rows' time is.
+    A weight of bfloat16 stays so, and is widened on the way: that changes no bit, and half as many
+    bytes are read, which is what a few rows' time is. One of 8-bit integers has rows of 8-bit
+    integers, as ``Int8Linear``, whose bits it gives: quantised, multiplied and scaled in one call.
     """
 
-    def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
-        """Take ``weight`` ``[out, in]``, float32 or bfloat16, and ``bias`` ``[out]``."""
-        self._out_features, self._in_features = weight.shape
-        self._is_brain = weight.dtype == torch.bfloat16
-        self._panels = _empty_panels(weight)
-        functions = library.functions
-        pack = functions.pack_brain if self._is_brain else functions.pack_float
-        weight = weight.contiguous()
-        pack(pointer(weight), pointer(self._panels), self._in_features, self._out_features)
-        self._bias = None if bias is None else bias.to(torch.float32).contiguous()
-        self._multiply = functions.product_float
-        self._fixed = (pointer(self._panels), int(self._is_brain), pointer(self._bias))
+    def __init__(self, library: Library, weight: Tensor | Int8Weight, bias: Tensor | None) -> None:
+        """Take ``weight`` ``[out, in]``, a tensor of float32 or bfloat16, ``bias`` ``[out]``."""
+        if isinstance(weight, Int8Weight):
+            packed, shape = _pack_int8(library, weight), weight.values.shape
+        else:
+            packed, shape = _pack(library, weight), weight.shape
+        self._out_features, in_features = shape
+        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        self._tensors = (packed, bias)
+        self.matrix = Matrix(
+            panels=address(packed.panels),
+            start=address(packed.start),
+            scales=address(packed.scales),
+            bias=address(bias),
+            inputs=in_features,
+            outputs=self._out_features,
+            kind=packed.kind,
+        )
+        self._reference = ctypes.byref(self.matrix)
+        self._multiply = library.functions.product
 
     def __call__(self, x: Tensor, tiles: tuple[int, ...]) -> Tensor:  # noqa: ARG002 - one tile
         """Multiply ``[rows, in]`` to ``[rows, out]``."""
-        num_rows = len(x)
+        num_rows = x.shape[0]
         result = torch.empty(num_rows, self._out_features)
-        self._multiply(
-            *(x.data_ptr(), x.stride(0), *self._fixed, result.data_ptr()),
-            *(num_rows, self._in_features, self._out_features),
-        )
+        self._multiply(x.data_ptr(), x.stride(0), self._reference, result.data_ptr(), num_rows)
         return result
 
     def exact_row_counts(self, *, rows_max: int) -> None:
         """Any number of rows: each one's sums are made in the same order."""
 
 
-class NativeInt8Linear:
-    """A linear whose weights and activations are 8-bit integers: see ``quantization``.
+class _Packed(NamedTuple):
+    """A weight as the kernels read it."""
 
-    The same bits as ``Int8Linear``; rows are quantised, multiplied and scaled in one call.
-    """
+    panels: Tensor
+    start: Tensor | None
+    scales: Tensor | None
+    kind: int
 
-    def __init__(self, library: Library, weight: Int8Weight, bias: Tensor | None) -> None:
-        """Take a weight, and a ``bias`` ``[out]``."""
-        self._out_features, self._in_features = weight.values.shape
-        num_outputs = -(-self._out_features // _PANEL) * _PANEL
-        self._panels = _empty_panels(weight.values, in_multiple=4)
-        self._start = torch.empty(num_outputs, dtype=torch.int32)
-        values = weight.values.contiguous()
-        library.functions.pack_int8(
-            *(pointer(values), pointer(self._panels), pointer(self._start)),
-            *(self._in_features, self._out_features),
-        )
-        # A row's scale is a 127th of its largest magnitude; the 127th is taken once, here.
-        self._scales = (weight.scales / LEVELS_INT8).contiguous()
-        self._bias = None if bias is None else bias.to(torch.float32).contiguous()
-        self._multiply = library.functions.product_int8
-        kept = (self._panels, self._start, self._scales, self._bias)
-        self._fixed = tuple(pointer(tensor) for tensor in kept)
 
-    def __call__(self, x: Tensor, tiles: tuple[int, ...]) -> Tensor:  # noqa: ARG002 - one tile
-        """Multiply ``[rows, in]`` to ``[rows, out]``."""
-        num_rows = len(x)
-        result = torch.empty(num_rows, self._out_features)
-        self._multiply(
-            *(x.data_ptr(), x.stride(0), *self._fixed, result.data_ptr()),
-            *(num_rows, self._in_features, self._out_features),
-        )
-        return result
+def _pack(library: Library, weight: Tensor) -> _Packed:
+    panels = _empty_panels(weight)
+    out_features, in_features = weight.shape
+    is_brain = weight.dtype == torch.bfloat16
+    pack = library.functions.pack_brain if is_brain else library.functions.pack_float
+    weight = weight.contiguous()
+    pack(address(weight), address(panels), in_features, out_features)
+    return _Packed(panels, None, None, BRAIN if is_brain else WIDE)
 
-    def exact_row_counts(self, *, rows_max: int) -> None:
-        """Any number of rows: sums of integers are exact."""
+
+def _pack_int8(library: Library, weight: Int8Weight) -> _Packed:
+    out_features, in_features = weight.values.shape
+    panels = _empty_panels(weight.values, in_multiple=4)
+    start = torch.empty(len(panels) * _PANEL, dtype=torch.int32)
+    values = weight.values.contiguous()
+    library.functions.pack_int8(
+        address(values), address(panels), address(start), in_features, out_features
+    )
+    # A row's scale is a 127th of its largest magnitude; the 127th is taken once, here.
+    return _Packed(panels, start, (weight.scales / LEVELS_INT8).contiguous(), INTEGER)
 
 
 def _empty_panels(weight: Tensor, *, in_multiple: int = 1) -> Tensor:

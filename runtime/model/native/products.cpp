@@ -11,6 +11,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "kernels.h"
 #include "simd.h"
 
 int threads = 1;
@@ -188,17 +189,18 @@ void for_panels(long rows, long outputs, Work work) {
 }
 
 template <class Weight>
-void float_product(const float* x, long x_stride, const char* weight, const float* bias, float* y,
-                   long rows, long inputs, long outputs) {
+void float_product(const float* x, long x_stride, const Matrix& weight, float* y, long rows) {
+    const long inputs = weight.inputs, outputs = weight.outputs;
+    const char* panels = static_cast<const char*>(weight.panels);
     for_panels(rows, outputs, [&](long panel, long first, long count) {
-        const char* at = weight + panel * inputs * Weight::BYTES;
+        const char* at = panels + panel * inputs * Weight::BYTES;
         for (long from = 0; from < inputs; from += BLOCK_TERMS) {
             const long to = std::min(inputs, from + BLOCK_TERMS);
             for_tiles(count, [&](long offset, long tile_rows) {
                 const long row = first + offset, output = panel * PANEL;
-                const FloatTile tile{x + row * x_stride,    x_stride,
-                                     y + row * outputs + output, outputs,
-                                     bias ? bias + output : nullptr, outputs - output};
+                const FloatTile tile{x + row * x_stride, x_stride, y + row * outputs + output,
+                                     outputs, weight.bias ? weight.bias + output : nullptr,
+                                     outputs - output};
                 with_rows(tile_rows, [&](auto constant) {
                     multiply_tile<Weight, constant>(tile, at, from, to, to == inputs);
                 });
@@ -240,25 +242,9 @@ uint8_t* scratch(size_t bytes) {
 
 constexpr long MANY_NUMBERS = 1 << 14;  // below this, threads take longer to wake than to work
 
-}  // namespace
-
-extern "C" {
-
-void use_threads(int count) { threads = count; }
-
-// `weight` as pack_float left it; `is_brain` says in which of its two forms.
-void product_float(const float* x, long x_stride, const char* weight, int is_brain,
-                   const float* bias, float* y, long rows, long inputs, long outputs) {
-    if (is_brain)
-        float_product<Brain>(x, x_stride, weight, bias, y, rows, inputs, outputs);
-    else
-        float_product<Wide>(x, x_stride, weight, bias, y, rows, inputs, outputs);
-}
-
-// Rows are quantised on the way; `start` and `scales` have a number for each output, panels whole.
-void product_int8(const float* x, long x_stride, const int8_t* weight, const int32_t* start,
-                  const float* scales, const float* bias, float* y, long rows, long inputs,
-                  long outputs) {
+void integer_product(const float* x, long x_stride, const Matrix& weight, float* y, long rows) {
+    const long inputs = weight.inputs, outputs = weight.outputs;
+    const auto* panels = static_cast<const int8_t*>(weight.panels);
     const long terms = (inputs + 3) / 4 * 4;
     const long stride = (terms + 63) / 64 * 64;
     uint8_t* levels = scratch(rows * (stride + sizeof(float)));
@@ -270,14 +256,29 @@ void product_int8(const float* x, long x_stride, const int8_t* weight, const int
         for_tiles(count, [&](long offset, long tile_rows) {
             const long row = first + offset, output = panel * PANEL;
             const IntegerTile tile{levels + row * stride, stride, row_scales + row,
-                                   y + row * outputs + output, outputs, start + output,
-                                   scales + output, bias ? bias + output : nullptr,
-                                   outputs - output};
+                                   y + row * outputs + output, outputs, weight.start + output,
+                                   weight.scales + output,
+                                   weight.bias ? weight.bias + output : nullptr, outputs - output};
             with_rows(tile_rows, [&](auto constant) {
-                multiply_integer_tile<constant>(tile, weight + panel * terms * PANEL, terms);
+                multiply_integer_tile<constant>(tile, panels + panel * terms * PANEL, terms);
             });
         });
     });
+}
+
+}  // namespace
+
+extern "C" {
+
+void use_threads(int count) { threads = count; }
+
+// Any number of rows; of integers they are quantised on the way.
+void product(const float* x, long x_stride, const Matrix* weight, float* y, long rows) {
+    switch (weight->kind) {
+        case WIDE: return float_product<Wide>(x, x_stride, *weight, y, rows);
+        case BRAIN: return float_product<Brain>(x, x_stride, *weight, y, rows);
+        default: return integer_product(x, x_stride, *weight, y, rows);
+    }
 }
 
 // [outputs, inputs] to panels [inputs][32]; what is beyond the outputs is zero.

@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace {

@@ -17,8 +17,6 @@ using Mask = __mmask16;
 
 constexpr int LANES = 16;
 
-extern int threads;  // that a kernel shares its work among
-
 // How a lambda is called for each of N constants, unrolled, so that arrays stay in registers.
 #define UNROLLED _Pragma("GCC unroll 32")
 

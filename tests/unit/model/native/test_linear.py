@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.model.native.kernels import compiled, needs_native
-from understudy.runtime.model.native.linear import NativeInt8Linear, NativeLinear
+from understudy.runtime.model.native.linear import NativeLinear
 from understudy.runtime.model.quantization import (
     Int8Linear,
     Int8Weight,
@@ -32,10 +32,10 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
     return NativeLinear(library, weight, bias)
 
 
-def int8_linear_of(weight: Int8Weight, bias: Tensor | None = None) -> NativeInt8Linear:
+def int8_linear_of(weight: Int8Weight, bias: Tensor | None = None) -> NativeLinear:
     library = compiled()
     assert library is not None
-    return NativeInt8Linear(library, weight, bias)
+    return NativeLinear(library, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,0 +1,76 @@
+// The kernels' functions, and the forms in which they are told things.
+//
+// Python mirrors each struct, field by field: see `structures.py`.
+
+#pragma once
+
+#include <cstdint>
+
+extern int threads;  // that a kernel shares its work among
+
+// A packed weight. `start` and `scales` are of integers alone, `bias` may be null.
+struct Matrix {
+    const void* panels;
+    const int32_t* start;
+    const float *scales, *bias;
+    long inputs, outputs;
+    long kind;
+};
+
+enum Kind : long { WIDE, BRAIN, INTEGER };
+
+// Keys and values of a layer, of 32 bits; or of 8, with a scale for each slot and head.
+struct Cache {
+    void *keys, *values;
+    float *key_scales, *value_scales;
+};
+
+// How a model's heads lie: [queries | keys | values] in each row.
+struct Heads {
+    long queries, keys, width;
+    float epsilon;  // of their norms
+    float scale;    // of scores
+    long is_narrow;  // whether the cache has 8 bits
+};
+
+// Where the rows of a step are, and what turns them.
+struct Rows {
+    long count, stored;  // rows beyond the stored ones are padding
+    const int64_t* slots;
+    const int64_t* positions;         // of rows in the tables below; null: row by row
+    const float *cosines, *sines;  // [positions, width]
+};
+
+// The rows of one sequence, of which `position` is the first one's; its blocks start at `table`.
+struct Span {
+    int64_t row, tokens, position, table;
+};
+
+struct Spans {
+    const Span* spans;
+    long count;
+    const int64_t* tables;
+    long block_size;
+};
+
+struct Layer {
+    const float *attention_norm, *mlp_norm;
+    const float* qk_norm;  // [queries + keys, width], or null
+    Matrix qkv, output, gate_up, down;
+    Cache cache;
+};
+
+extern "C" {
+void use_threads(int count);
+void product(const float* x, long x_stride, const Matrix* weight, float* y, long rows);
+void pack_float(const float* weight, float* panels, long inputs, long outputs);
+void pack_brain(const uint16_t* weight, uint16_t* panels, long inputs, long outputs);
+void pack_int8(const int8_t* weight, int8_t* panels, int32_t* start, long inputs, long outputs);
+void add_and_normalise(float* hidden, const float* delta, const float* weight, float* normed,
+                       long rows, long width, float epsilon);
+void silu_and_multiply(const float* gate_and_up, float* y, long rows, long width);
+void rotate_and_store(float* heads, const float* qk_norm, const Heads* form, const Rows* rows,
+                      const Cache* cache);
+void attend(const float* heads, float* output, const Heads* form, const Spans* spans,
+            const Cache* cache);
+}
