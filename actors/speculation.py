@@ -17,7 +17,7 @@ from understudy.runtime.model.step_profile import profile_drafts, profile_steps
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.speculation import (
     Costs,
-    CostTable,
+    DraftCosts,
     Drafter,
     NgramDrafter,
     Speculator,
@@ -38,7 +38,7 @@ def load_speculator(
         return None
     chosen = parse_speculative_config(config.speculative_config)
     drafter: Drafter = NgramDrafter()
-    draft_costs: CostTable | None = None
+    draft_costs: DraftCosts | None = None
     if chosen.model is not None:
         _check_same_tokens(config.model, chosen.model)
         draft_runner = _draft_runner(config, chosen.model, model, runner)

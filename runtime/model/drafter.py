@@ -13,6 +13,7 @@ from typing import Final
 from understudy.protocol.request import Request
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.model.runner import ModelRunner
+from understudy.runtime.model.sampler import SamplingRow
 from understudy.runtime.scheduling.decision import (
     EngineFault,
     OutOfMemory,
@@ -43,9 +44,15 @@ class ModelDrafter:
         depths = {sequence.request_id: depth for sequence, depth in wanted}
         active = [self._reflect(sequence) for sequence, depth in wanted if depth > 0]
         try:
-            active = self._catch_up(active)
-            for depth in range(1, max(depths.values(), default=0)):
-                self._step([mirror for mirror in active if depths[mirror.request_id] > depth])
+            for mirror in active:
+                self._catch_up(mirror)
+            drawn = active
+            if self._runner.guesses:
+                # Penalties and the like need what tokens came before: those are drawn one by one.
+                drawn = [mirror for mirror in active if _row(mirror).is_adjusted]
+                self._guess([each for each in active if not _row(each).is_adjusted], depths)
+            for depth in range(max((depths[each.request_id] for each in drawn), default=0)):
+                drawn = self._step([each for each in drawn if depths[each.request_id] > depth])
         except (OutOfMemory, EngineFault):
             return {}  # no guess is worth an engine
         known = {sequence.request_id: sequence.num_tokens for sequence, _ in wanted}
@@ -70,13 +77,29 @@ class ModelDrafter:
         mirror.num_computed_tokens = num_right
         return mirror
 
-    def _catch_up(self, mirrors: list[EngineSequence]) -> list[EngineSequence]:
-        """Compute what the mirrors lack, and guess a token for those that lack nothing then."""
+    def _catch_up(self, mirror: EngineSequence) -> None:
+        """Compute what the mirror lacks, but for a few last tokens."""
+        while mirror.num_tokens - mirror.num_computed_tokens > _CATCH_UP_TOKENS_MAX:
+            if not self._read(mirror, _CATCH_UP_TOKENS_MAX):
+                break
+
+    def _guess(self, mirrors: list[EngineSequence], depths: dict[int, int]) -> None:
+        """Guess for all of these at once, without a word of Python between the tokens."""
+        depth = max((depths[mirror.request_id] for mirror in mirrors), default=0)
+        able = []
         for mirror in mirrors:
-            while mirror.num_tokens - mirror.num_computed_tokens > _CATCH_UP_TOKENS_MAX:
-                if not self._read(mirror, _CATCH_UP_TOKENS_MAX):
-                    break
-        return self._step(mirrors)
+            num_lacking = mirror.num_tokens - mirror.num_computed_tokens
+            if self._manager.allocate(mirror, num_lacking + depth - 1):
+                able.append(ScheduledSequence(mirror, num_lacking))
+        if not able:
+            return
+        for (mirror, _, _), tokens in zip(
+            able, self._runner.guess(tuple(able), depth), strict=True
+        ):
+            num_known = mirror.num_tokens
+            mirror.token_ids += tokens[: depths[mirror.request_id]]
+            # Keys and values of all but the last guess are there.
+            mirror.num_computed_tokens = min(num_known + depth - 1, mirror.num_tokens)
 
     def _read(self, mirror: EngineSequence, num_tokens: int) -> bool:
         if not self._manager.allocate(mirror, num_tokens):
@@ -86,7 +109,7 @@ class ModelDrafter:
         return True
 
     def _step(self, mirrors: list[EngineSequence]) -> list[EngineSequence]:
-        """Guess the next token of each mirror; gives those for which there was room."""
+        """Draw the next token of each mirror; gives those for which there was room."""
         able = [
             ScheduledSequence(mirror, mirror.num_tokens - mirror.num_computed_tokens)
             for mirror in mirrors
@@ -104,3 +127,7 @@ class ModelDrafter:
 
     def _forget(self, request_id: int) -> None:
         self._manager.free(self._mirrors.pop(request_id))
+
+
+def _row(sequence: EngineSequence) -> SamplingRow:
+    return SamplingRow(sequence.params, sequence.token_ids, sequence.num_prompt_tokens)

@@ -12,6 +12,8 @@ nothing of queues, priorities or requests' ends: those are the scheduler's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +22,10 @@ from torch import Tensor
 
 from understudy.runtime.model.attention import Span
 from understudy.runtime.model.kv_cache import KVCache
+from understudy.runtime.model.noise import noise_key, signed
 from understudy.runtime.model.operations import has_kernels
 from understudy.runtime.model.sampler import Sampler, SamplingRow
-from understudy.runtime.model.transformer import Batch, Transformer
+from understudy.runtime.model.transformer import Batch, GuessedDraws, Transformer
 from understudy.runtime.scheduling.decision import (
     Draws,
     EngineFault,
@@ -60,16 +63,8 @@ class ModelRunner:
         """Compute the plan's tokens; the draws of each sequence that ``samples``."""
         if not plan.scheduled:
             return {}
-        try:
-            with torch.inference_mode():
-                return self._execute(plan)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise OutOfMemory(str(error)) from error
-        except RuntimeError as error:
-            # The CPU's allocator has no exception class of its own.
-            if "can't allocate memory" in str(error):
-                raise OutOfMemory(str(error)) from error
-            raise
+        with _telling_out_of_memory(), torch.inference_mode():
+            return self._execute(plan)
 
     def _execute(self, plan: StepPlan) -> Draws:
         logits = self.logits(plan)
@@ -119,6 +114,31 @@ class ModelRunner:
         index = torch.tensor(last_rows, device=self._model.device)
         return self._model.logits(hidden.index_select(0, index))
 
+    @property
+    def guesses(self) -> bool:
+        """Whether ``guess`` can be called."""
+        return self._model.guesses
+
+    def guess(self, scheduled: tuple[ScheduledSequence, ...], depth: int) -> list[list[int]]:
+        """Compute sequences to their ends, and guess ``depth`` tokens behind each, one by one.
+
+        Their blocks have room for all of these. Guesses are nearly what ``execute`` would draw,
+        token by token: logits are not adjusted and their likeliest not singled out.
+
+        Raises:
+            OutOfMemory: of the memory for the work.
+        """
+        draws = []
+        for share in scheduled:
+            sequence = share.sequence
+            row = SamplingRow(sequence.params, sequence.token_ids, sequence.num_prompt_tokens)
+            inverse = 0.0 if row.is_greedy else 1.0 / row.params.temperature
+            positions = range(row.position, row.position + depth)
+            keys = [signed(noise_key(row.params.seed, position)) for position in positions]
+            draws.append(GuessedDraws(inverse, keys))
+        with _telling_out_of_memory(), torch.inference_mode():
+            return self._model.guess(self._batch(scheduled), self._cache, draws)
+
     def _forward(self, plan: StepPlan) -> Tensor:
         batch = self._batch(plan.scheduled)
         return self._model.forward(batch, self._cache)[: len(batch.slots)]
@@ -161,6 +181,20 @@ class ModelRunner:
                 zero_slot=self._cache.zero_slot,
             ),
         )
+
+
+@contextmanager
+def _telling_out_of_memory() -> Iterator[None]:
+    """Turn what says on any device that memory is short into ``OutOfMemory``."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(str(error)) from error
+    except RuntimeError as error:
+        # The CPU's allocator has no exception class of its own.
+        if "can't allocate memory" in str(error):
+            raise OutOfMemory(str(error)) from error
+        raise
 
 
 def _sampling_rows(scheduled: ScheduledSequence) -> list[SamplingRow]:

@@ -56,6 +56,18 @@ class SamplingRow(NamedTuple):
         return self.params.temperature < _GREEDY_TEMPERATURE
 
     @property
+    def is_adjusted(self) -> bool:
+        """Whether logits are changed before a token is drawn."""
+        params = self.params
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or bool(params.logit_bias)
+            or (self.position < params.min_tokens and bool(params.stop_token_ids))
+        )
+
+    @property
     def is_truncated(self) -> bool:
         """Whether only a set of the likeliest tokens may be drawn."""
         params = self.params

@@ -6,6 +6,7 @@ best of a few tries is taken: whatever else the machine did meanwhile is no prop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from understudy.protocol.request import Request, SamplingParams
@@ -13,7 +14,7 @@ from understudy.runtime.kit.clock import Clock
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence
-from understudy.runtime.scheduling.speculation import CostTable
+from understudy.runtime.scheduling.speculation import CostTable, DraftCosts
 
 _CONTEXT_TOKENS: Final = 48
 _TRIES: Final = 2
@@ -29,19 +30,38 @@ _SHAPES: Final = (
     *(_Shape(8, tokens) for tokens in (2, 4, 8)),
 )
 _DRAFT_SHAPES: Final = (_Shape(1, 1), _Shape(4, 1), _Shape(16, 1))
+_MORE: Final = 4
+"""Tokens behind the first one, to know what one more costs."""
 
 
 def profile_steps(runner: ModelRunner, clock: Clock) -> CostTable:
     """Measure steps of the model, by tokens. Overwrites the KV cache, which nobody may use yet."""
-    return _profile(runner, clock, _SHAPES)
+    return _profile(runner, clock, _SHAPES, runner.execute)
 
 
-def profile_drafts(runner: ModelRunner, clock: Clock) -> CostTable:
-    """Measure steps of the draft model, by sequences of one token each."""
-    return _profile(runner, clock, _DRAFT_SHAPES)
+def profile_drafts(runner: ModelRunner, clock: Clock) -> DraftCosts:
+    """Measure the draft model, by drafts: their first token, and one more."""
+    if not runner.guesses:
+        step = _profile(runner, clock, _DRAFT_SHAPES, runner.execute)
+        return DraftCosts(step, step)
+
+    def guess(depth: int) -> CostTable:
+        return _profile(
+            runner, clock, _DRAFT_SHAPES, lambda plan: runner.guess(plan.scheduled, depth)
+        )
+
+    first, deep = guess(1), guess(1 + _MORE)
+    counts = [shape.num_sequences for shape in _DRAFT_SHAPES]
+    more = [(count, (deep.seconds(count) - first.seconds(count)) / _MORE) for count in counts]
+    return DraftCosts(first, CostTable(more))
 
 
-def _profile(runner: ModelRunner, clock: Clock, shapes: tuple[_Shape, ...]) -> CostTable:
+def _profile(
+    runner: ModelRunner,
+    clock: Clock,
+    shapes: tuple[_Shape, ...],
+    carry_out: Callable[[StepPlan], object],
+) -> CostTable:
     blocks_each = -(-(_CONTEXT_TOKENS + 8) // runner.cache.block_size)
     points: dict[int, float] = {}
     for shape in shapes:
@@ -51,7 +71,7 @@ def _profile(runner: ModelRunner, clock: Clock, shapes: tuple[_Shape, ...]) -> C
         tries = []
         for _ in range(1 + _TRIES):  # the first one builds what the others find
             begun_at = clock.now()
-            runner.execute(plan)
+            carry_out(plan)
             tries.append(clock.now() - begun_at)
         points[plan.num_tokens] = min(tries)
     return CostTable(points.items() or [(1, 1.0)])

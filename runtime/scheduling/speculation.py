@@ -79,12 +79,25 @@ class StepCosts:
         return pace * self._profile.seconds(num_tokens)
 
 
+class DraftCosts(NamedTuple):
+    """What guessing costs, by the number of drafts."""
+
+    first: CostTable
+    """The first token of each."""
+    next: CostTable
+    """One more token of each."""
+
+    def seconds(self, num_drafts: int, depth: int) -> float:
+        """The cost of so many drafts of so many tokens."""
+        return self.first.seconds(num_drafts) + (depth - 1) * self.next.seconds(num_drafts)
+
+
 class Costs(NamedTuple):
     """What checking costs, and what guessing does."""
 
     step: StepCosts
-    draft: CostTable | None = None
-    """One more token of each draft, by the number of drafts; ``None``: nothing."""
+    draft: DraftCosts | None = None
+    """``None``: nothing."""
 
 
 class Drafter(Protocol):
@@ -166,12 +179,14 @@ class Speculator:
         survivals = [1.0] * num_drafts
         expected = float(num_drafts)
         best_depth, best_rate = 0, expected / self._costs.step.seconds(num_drafts, num_drafts)
-        draft_s = 0.0 if self._costs.draft is None else self._costs.draft.seconds(num_drafts)
+        draft_costs = self._costs.draft
         for depth in range(1, self._depth_max + 1):
             survivals = [s * hope[depth - 1] for s, hope in zip(survivals, hopes, strict=True)]
             expected += sum(survivals)
             num_tokens = num_drafts * (1 + depth)
-            seconds = self._costs.step.seconds(num_drafts, num_tokens) + depth * draft_s
+            seconds = self._costs.step.seconds(num_drafts, num_tokens)
+            if draft_costs is not None:
+                seconds += draft_costs.seconds(num_drafts, depth)
             if expected / seconds > best_rate:
                 best_depth, best_rate = depth, expected / seconds
         if best_depth == 0:

@@ -54,17 +54,19 @@ class NativeAttention:
     def plan(
         self, spans: Sequence[Span], *, num_rows: int, block_size: int, zero_slot: int
     ) -> NativePlan:
-        """Lay out a step: ``num_rows`` rows, padding included, of which ``spans`` are real."""
+        """Lay out a step: ``num_rows`` rows, padding included, of which ``spans`` are real.
+
+        Tables are taken whole: blocks that the step does not need may be for guesses behind it.
+        """
         del zero_slot  # nothing is read that no token has written
         rows: list[tuple[int, int, int, int]] = []
         tables: list[list[int]] = []
         place = num_positions = 0
         for start, num_tokens, position, table in spans:
             end = position + num_tokens
-            num_blocks = -(-end // block_size)
             rows.append((start, num_tokens, position, place))
-            tables.append(table[:num_blocks])
-            place += num_blocks
+            tables.append(table)
+            place += len(table)
             num_positions = max(num_positions, end)
         described = np.array(rows, dtype=np.int64)
         blocks = np.array(list(chain.from_iterable(tables)), dtype=np.int64)

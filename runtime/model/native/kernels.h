@@ -60,6 +60,18 @@ struct Layer {
     Cache cache;
 };
 
+// What guessing some tokens after each other needs besides the layers.
+struct Guessing {
+    const void* embedding;  // [vocabulary, width], bfloat16 or 32 bits
+    long is_brain;
+    const float* norm;
+    Matrix head;
+    const float* inverse_temperatures;  // of each span; 0 takes the likeliest
+    const int64_t* keys;                // of the noise, [depth, spans]
+    int64_t* tokens;                    // what is guessed, [depth, spans]
+    long depth;
+};
+
 extern "C" {
 void use_threads(int count);
 void product(const float* x, long x_stride, const Matrix* weight, float* y, long rows);
@@ -73,4 +85,8 @@ void rotate_and_store(float* heads, const float* qk_norm, const Heads* form, con
                       const Cache* cache);
 void attend(const float* heads, float* output, const Heads* form, const Spans* spans,
             const Cache* cache);
+void run_layers(float* hidden, const Layer* layers, long num_layers, const Heads* form,
+                const Rows* rows, const Spans* spans, float* memory);
+void nearly_draw(const float* logits, long rows, long width, const float* inverse_temperatures,
+                 const int64_t* keys, int64_t* ids);
 }

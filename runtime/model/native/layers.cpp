@@ -1,8 +1,28 @@
 // All layers of a model, one after the other: what `transformer.py` says, in one call.
 
+#include <cstring>
+#include <vector>
+
 #include "kernels.h"
 
 namespace {
+
+// Rows of the embedding, widened.
+void embed(const Guessing& guessing, const int64_t* tokens, long rows, long width, float* hidden) {
+    for (long row = 0; row < rows; row++) {
+        float* to = hidden + row * width;
+        if (!guessing.is_brain) {
+            const auto* from = static_cast<const float*>(guessing.embedding);
+            std::memcpy(to, from + tokens[row] * width, width * sizeof(float));
+            continue;
+        }
+        const auto* from = static_cast<const uint16_t*>(guessing.embedding) + tokens[row] * width;
+        for (long i = 0; i < width; i++) {
+            const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+            std::memcpy(to + i, &bits, sizeof(bits));
+        }
+    }
+}
 
 // Takes pieces of one piece of memory, each of a multiple of 64 bytes.
 class Pieces {
@@ -54,6 +74,47 @@ void run_layers(float* hidden, const Layer* layers, long num_layers, const Heads
         product(activated, inner, &layer.down, delta, count);
     }
     for (long i = 0; i < count * width; i++) hidden[i] += delta[i];
+}
+
+// Guesses `depth` tokens behind each span, one after another. The blocks of all of them are there.
+// `memory` is for the layers, `hidden` [rows, width] and `logits` [spans, vocabulary] besides.
+void guess(const int64_t* token_ids, const Layer* layers, long num_layers, const Heads* form,
+           const Rows* rows, const Spans* spans, const Guessing* guessing, float* hidden,
+           float* logits, float* memory) {
+    const long width = layers[0].qkv.inputs, count = spans->count;
+    const Matrix& head = guessing->head;
+    embed(*guessing, token_ids, rows->count, width, hidden);
+    run_layers(hidden, layers, num_layers, form, rows, spans, memory);
+    // From here on a span is one token, and its row the last that it had.
+    std::vector<Span> ends(spans->spans, spans->spans + count);
+    std::vector<int64_t> slots(count), positions(count);
+    for (long index = 0; index < count; index++) {
+        Span& span = ends[index];
+        const long last = span.row + span.tokens - 1;  // never before the span's own place
+        std::memmove(hidden + index * width, hidden + last * width, width * sizeof(float));
+        span = {index, 1, span.position + span.tokens - 1, span.table};
+    }
+    const Spans single{ends.data(), count, spans->tables, spans->block_size};
+    for (long depth = 0; depth < guessing->depth; depth++) {
+        int64_t* tokens = guessing->tokens + depth * count;
+        if (depth) {
+            for (long index = 0; index < count; index++) {
+                const long position = ++ends[index].position;
+                const long block = spans->tables[ends[index].table + position / spans->block_size];
+                slots[index] = block * spans->block_size + position % spans->block_size;
+                positions[index] = position;
+            }
+            const Rows next{count, count, slots.data(), positions.data(), rows->cosines,
+                            rows->sines};
+            embed(*guessing, tokens - count, count, width, hidden);
+            run_layers(hidden, layers, num_layers, form, &next, &single, memory);
+        }
+        // The layers' memory is free now; norms of a row for each span fit.
+        add_and_normalise(hidden, nullptr, guessing->norm, memory, count, width, form->epsilon);
+        product(memory, width, &head, logits, count);
+        nearly_draw(logits, count, head.outputs, guessing->inverse_temperatures,
+                    guessing->keys + depth * count, tokens);
+    }
 }
 
 }  // extern "C"

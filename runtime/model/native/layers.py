@@ -19,7 +19,7 @@ from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.native.attention import NativePlan, cache_of, heads_of
 from understudy.runtime.model.native.library import Library
 from understudy.runtime.model.native.linear import NativeLinear
-from understudy.runtime.model.native.structures import Layer, Rows, address
+from understudy.runtime.model.native.structures import Guessing, Layer, Rows, address
 from understudy.runtime.model.rope import RotaryEmbedding, Rotation
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class NativeLayers:
         layers: Sequence[LayerWeights],
         rope: RotaryEmbedding,
     ) -> None:
-        self._run = library.functions.run_layers
+        self._functions = library.functions
         self._heads = heads_of(config)
         self._weights = tuple(layers)
         self._layers = (Layer * len(layers))(*map(_told, layers))
@@ -65,9 +65,42 @@ class NativeLayers:
     ) -> Tensor:
         """Compute ``hidden`` ``[rows, hidden_size]`` in place; fills the cache on the way."""
         self._bind(cache)
-        rotation = self._rotation_for(plan.num_positions)
-        num_rows = len(hidden)
-        rows = Rows(
+        rows = self._rows(positions, slots, plan.num_positions, num_rows=len(hidden))
+        memory = self._memory(len(hidden))
+        self._functions.run_layers(
+            *(hidden.data_ptr(), self._layers, len(self._layers), ctypes.byref(self._heads)),
+            *(ctypes.byref(rows), ctypes.byref(plan.spans), memory.data_ptr()),
+        )
+        return hidden
+
+    def guess(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        plan: NativePlan,
+        cache: KVCache,
+        guessing: Guessing,
+    ) -> None:
+        """Compute tokens, and guess some more behind each span, one after another.
+
+        The blocks of the guessed tokens are in the plan; ``guessing`` says where they go.
+        """
+        self._bind(cache)
+        num_rows = len(token_ids)
+        num_positions = plan.num_positions + guessing.depth
+        rows = self._rows(positions, slots, num_positions, num_rows=num_rows)
+        memory, hidden = self._memory(num_rows), torch.empty(num_rows, self._widths[0])
+        logits = torch.empty(plan.spans.count, guessing.head.outputs)
+        self._functions.guess(
+            *(token_ids.data_ptr(), self._layers, len(self._layers), ctypes.byref(self._heads)),
+            *(ctypes.byref(rows), ctypes.byref(plan.spans), ctypes.byref(guessing)),
+            *(hidden.data_ptr(), logits.data_ptr(), memory.data_ptr()),
+        )
+
+    def _rows(self, positions: Tensor, slots: Tensor, num_positions: int, *, num_rows: int) -> Rows:
+        rotation = self._rotation_for(num_positions)
+        return Rows(
             count=num_rows,
             stored=len(slots),
             slots=slots.data_ptr(),
@@ -75,13 +108,10 @@ class NativeLayers:
             cosines=rotation.cosines.data_ptr(),
             sines=rotation.sines.data_ptr(),
         )
+
+    def _memory(self, num_rows: int) -> Tensor:
         sizes = (-(-num_rows * width // _ALIGNED) * _ALIGNED for width in self._widths)
-        memory = torch.empty(sum(sizes))
-        self._run(
-            *(hidden.data_ptr(), self._layers, len(self._layers), ctypes.byref(self._heads)),
-            *(ctypes.byref(rows), ctypes.byref(plan.spans), memory.data_ptr()),
-        )
-        return hidden
+        return torch.empty(sum(sizes))
 
     def _bind(self, cache: KVCache) -> None:
         """Tell the kernels where the cache is, once for each cache."""

@@ -60,6 +60,16 @@ Float16x about_gumbel(__m512i low, __m512i high) {
     return _mm512_sub_ps(_mm512_setzero_ps(), logarithm(exponential_noise));
 }
 
+// Counters of the hash for 16 tokens from `at` on, and their noise.
+Float16x noise_at(long at, __m512i key) {
+    const __m512i golden = _mm512_set1_epi64(static_cast<int64_t>(0x9E3779B97F4A7C15ull));
+    const __m512i eight = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i low = _mm512_add_epi64(_mm512_set1_epi64(at), eight);
+    const __m512i high = _mm512_add_epi64(low, _mm512_set1_epi64(8));
+    return about_gumbel(noise_bits(_mm512_add_epi64(_mm512_mullo_epi64(low, golden), key)),
+                        noise_bits(_mm512_add_epi64(_mm512_mullo_epi64(high, golden), key)));
+}
+
 // As `_Draw` in sampling.py has it.
 struct Draw {
     int64_t row;
@@ -70,20 +80,13 @@ struct Draw {
 // Tokens of a row that may win its draw, or -1 if they are more than there is room for.
 int64_t contenders(const float* logits, long width, const Draw& draw, float* noisy, int64_t* ids,
                    long room) {
-    const __m512i golden = _mm512_set1_epi64(static_cast<int64_t>(0x9E3779B97F4A7C15ull));
     const __m512i key = _mm512_set1_epi64(draw.key);
-    const __m512i lanes8 = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
     const Float16x factor = all(draw.inverse_temperature);
     Float16x best = all(-std::numeric_limits<float>::infinity()), largest = _mm512_setzero_ps();
     for (long at = 0; at < width; at += LANES) {
         const Mask lanes = first_lanes(width - at);
-        const __m512i low = _mm512_add_epi64(_mm512_set1_epi64(at), lanes8);
-        const __m512i high = _mm512_add_epi64(low, _mm512_set1_epi64(8));
-        const Float16x noise = about_gumbel(
-            noise_bits(_mm512_add_epi64(_mm512_mullo_epi64(low, golden), key)),
-            noise_bits(_mm512_add_epi64(_mm512_mullo_epi64(high, golden), key)));
         const Float16x scaled = _mm512_mul_ps(load(logits + at, lanes), factor);
-        const Float16x sum = _mm512_add_ps(scaled, noise);
+        const Float16x sum = _mm512_add_ps(scaled, noise_at(at, key));
         store(noisy + at, sum, lanes);
         best = _mm512_mask_max_ps(best, lanes, best, sum);
         // What is forbidden is infinitely low, and no measure of rounding.
@@ -136,6 +139,33 @@ void likeliest(const float* logits, float* values, int64_t* ids, long rows, long
                 break;
             }
         }
+    }
+}
+
+// A token for each row, nearly as the sampler draws it: without truncation, and with nearly the noise.
+void nearly_draw(const float* logits, long rows, long width, const float* inverse_temperatures,
+                 const int64_t* keys, int64_t* ids) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (long row = 0; row < rows; row++) {
+        const float* x = logits + row * width;
+        const bool is_drawn = inverse_temperatures[row] > 0.0f;
+        const Float16x factor = all(is_drawn ? inverse_temperatures[row] : 1.0f);
+        const __m512i key = _mm512_set1_epi64(keys[row]);
+        Float16x best = all(-std::numeric_limits<float>::infinity());
+        Int16x places = _mm512_setzero_si512();
+        const Int16x first = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        for (long at = 0; at < width; at += LANES) {
+            const Mask lanes = first_lanes(width - at);
+            Float16x score = _mm512_mul_ps(load(x + at, lanes), factor);
+            if (is_drawn) score = _mm512_add_ps(score, noise_at(at, key));
+            const Mask is_better = _mm512_mask_cmp_ps_mask(lanes, score, best, _CMP_GT_OQ);
+            best = _mm512_mask_mov_ps(best, is_better, score);
+            const Int16x here = _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int>(at)));
+            places = _mm512_mask_mov_epi32(places, is_better, here);
+        }
+        const Mask winners =
+            _mm512_cmp_ps_mask(best, all(_mm512_reduce_max_ps(best)), _CMP_EQ_OQ);
+        ids[row] = _mm512_mask_reduce_min_epi32(winners ? winners : 1, places);
     }
 }
 

@@ -67,6 +67,16 @@ class Layer(ctypes.Structure):
     )
 
 
+class Guessing(ctypes.Structure):
+    """What guessing some tokens after each other needs besides the layers."""
+
+    _fields_ = (
+        *(("embedding", POINTER), ("is_brain", LONG), ("norm", POINTER), ("head", Matrix)),
+        *(("inverse_temperatures", POINTER), ("keys", POINTER), ("tokens", POINTER)),
+        ("depth", LONG),
+    )
+
+
 def address(tensor: Tensor | None) -> int | None:
     """What a kernel takes for a tensor: where its numbers are."""
     return None if tensor is None else tensor.data_ptr()

@@ -17,6 +17,7 @@ from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
 from understudy.runtime.scheduling.speculation import (
     Costs,
     CostTable,
+    DraftCosts,
     Drafter,
     NgramDrafter,
     Speculator,
@@ -84,13 +85,23 @@ def test_no_draft_of_any_depth_changes_a_text(
     speculator = Speculator(drafters[method], depth_max=depth, costs=None)
     assert serve(model, requests(), speculator=speculator).served == truth.served
     assert speculator.num_draft_tokens > 0
-    if method == "same model":
-        assert speculator.num_accepted_tokens == speculator.num_draft_tokens
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("depth", [1, 4, 8])
+def test_the_model_itself_guesses_right(model_of: LoadModel, depth: int, native: bool) -> None:
+    model = model_of("llama", torch.float32, "exact", native=native)
+    # Guessed at once, the likeliest are not singled out.
+    asked = [request for request in requests() if not native or request.params.top_k == 0]
+    speculator = Speculator(drafter_of(model), depth_max=depth, costs=None)
+    assert serve(model, asked, speculator=speculator).served == serve(model, asked).served
+    assert speculator.num_accepted_tokens == speculator.num_draft_tokens > 0
 
 
 def test_an_adaptive_depth_changes_no_text(model_of: LoadModel, truth: Service) -> None:
     model = model_of("llama", torch.float32, "exact")
-    costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.05)])), CostTable([(1, 0.001)]))
+    draft_costs = DraftCosts(CostTable([(1, 0.002)]), CostTable([(1, 0.001)]))
+    costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.05)])), draft_costs)
     speculator = Speculator(drafter_of(model), depth_max=8, costs=costs)
     assert serve(model, requests(), speculator=speculator).served == truth.served
     assert speculator.num_accepted_tokens > 0
