@@ -100,7 +100,7 @@ def test_the_model_itself_guesses_right(model_of: LoadModel, depth: int, native:
 
 def test_an_adaptive_depth_changes_no_text(model_of: LoadModel, truth: Service) -> None:
     model = model_of("llama", torch.float32, "exact")
-    draft_costs = DraftCosts(CostTable([(1, 0.002)]), CostTable([(1, 0.001)]))
+    draft_costs = DraftCosts(CostTable([(1, 1e-5)]), CostTable([(1, 1e-6)]))
     costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.05)])), draft_costs)
     speculator = Speculator(drafter_of(model), depth_max=8, costs=costs)
     assert serve(model, requests(), speculator=speculator).served == truth.served

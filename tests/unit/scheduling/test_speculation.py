@@ -13,6 +13,7 @@ from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
 from understudy.runtime.scheduling.speculation import (
     Costs,
     CostTable,
+    DraftCosts,
     NgramDrafter,
     Speculator,
     StepCosts,
@@ -116,7 +117,8 @@ def test_who_was_given_up_is_tried_again_some_day() -> None:
 
 
 def test_a_dear_drafter_guesses_less_far_than_a_free_one() -> None:
-    free, dear = free_steps(), free_steps()._replace(draft=CostTable([(1, 0.006)]))
+    costs = CostTable([(1, 0.006)])
+    free, dear = free_steps(), free_steps()._replace(draft=DraftCosts(costs, costs))
     far = Speculator(Oracle(), depth_max=8, costs=free)
     near = Speculator(Oracle(), depth_max=8, costs=dear)
     sequence = make_sequence([1, 2])
