@@ -7,7 +7,7 @@ from torch import Tensor
 
 from understudy.runtime.model.layers import DenseLinear, Linear
 from understudy.runtime.model.native.library import native_library
-from understudy.runtime.model.native.linear import NativeLinear
+from understudy.runtime.model.native.linear import NativeLinear, quantize_int8_natively
 from understudy.runtime.model.quantization import (
     Int4Linear,
     Int4Weight,
@@ -33,17 +33,16 @@ def make_linear(
     Raises:
         ValueError: the weight cannot be quantised.
     """
-    if isinstance(weight, Tensor):
-        match quantization:
-            case "none":
-                pass
-            case "int8":
-                weight = quantize_int8(weight)
-            case "int4":
-                weight = quantize_int4(weight)
+    library = native_library(device, dtype)
+    if isinstance(weight, Tensor) and quantization == "int8":
+        if library is None:
+            weight = quantize_int8(weight)
+        else:
+            weight = quantize_int8_natively(library, weight)
+    elif isinstance(weight, Tensor) and quantization == "int4":
+        weight = quantize_int4(weight)
     if isinstance(weight, Int4Weight):
         return Int4Linear(weight, bias, dtype=dtype)
-    library = native_library(device, dtype)
     if library is not None:
         return NativeLinear(library, weight, bias)
     if isinstance(weight, Int8Weight):

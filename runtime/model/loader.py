@@ -171,10 +171,12 @@ class _Reader:
         return self._joined(parts, kept_dtype(widest, dtype=making.dtype, device=making.device))
 
     def _joined(self, parts: tuple[_Part, ...], dtype: torch.dtype) -> Tensor:
+        device = self._making.device
+        if len(parts) == 1 and self._checkpoint.tensors[parts[0].name].dtype == dtype:
+            self._meter.add(self._checkpoint.tensors[parts[0].name].num_bytes)
+            return self._checkpoint.stored(parts[0].name).to(device)
         num_rows = sum(part.shape[0] for part in parts)
-        tensor = torch.empty(
-            (num_rows, *parts[0].shape[1:]), dtype=dtype, device=self._making.device
-        )
+        tensor = torch.empty((num_rows, *parts[0].shape[1:]), dtype=dtype, device=device)
         slices = torch.split(tensor, [part.shape[0] for part in parts])
         for part, into in zip(parts, slices, strict=True):
             self._checkpoint.read(part.name, into)

@@ -75,9 +75,6 @@ struct Guessing {
 extern "C" {
 void use_threads(int count);
 void product(const float* x, long x_stride, const Matrix* weight, float* y, long rows);
-void pack_float(const float* weight, float* panels, long inputs, long outputs);
-void pack_brain(const uint16_t* weight, uint16_t* panels, long inputs, long outputs);
-void pack_int8(const int8_t* weight, int8_t* panels, int32_t* start, long inputs, long outputs);
 void add_and_normalise(float* hidden, const float* delta, const float* weight, float* normed,
                        long rows, long width, float epsilon);
 void silu_and_multiply(const float* gate_and_up, float* y, long rows, long width);

@@ -27,7 +27,10 @@ import torch
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.native.structures import FLOAT, LONG, POINTER
 
-_SOURCES: Final = ("products.cpp", "layer.cpp", "attention.cpp", "layers.cpp", "sampling.cpp")
+_SOURCES: Final = (
+    *("products.cpp", "packing.cpp", "layer.cpp"),
+    *("attention.cpp", "layers.cpp", "sampling.cpp"),
+)
 _HEADERS: Final = ("kernels.h", "simd.h")
 _FEATURES: Final = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
 """As ``/proc/cpuinfo`` names them; processors since 2019 have them."""
@@ -46,6 +49,8 @@ _SIGNATURES: Final = {
     "pack_float": (POINTER, POINTER, LONG, LONG),
     "pack_brain": (POINTER, POINTER, LONG, LONG),
     "pack_int8": (POINTER, POINTER, POINTER, LONG, LONG),
+    "quantize_int8": (POINTER, _INT, POINTER, POINTER, LONG, LONG),
+    "use_large_pages": (POINTER, LONG),
     "add_and_normalise": (POINTER, POINTER, POINTER, POINTER, LONG, LONG, FLOAT),
     "silu_and_multiply": (POINTER, POINTER, LONG, LONG),
     "rotate_and_store": (POINTER, POINTER, POINTER, POINTER, POINTER),

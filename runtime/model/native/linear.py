@@ -14,7 +14,7 @@ from torch import Tensor
 
 from understudy.runtime.model.native.library import Library
 from understudy.runtime.model.native.structures import BRAIN, INTEGER, WIDE, Matrix, address
-from understudy.runtime.model.quantization import LEVELS_INT8, Int8Weight
+from understudy.runtime.model.quantization import LEVELS_INT8, Int8Weight, check_finite
 
 _PANEL = 32
 """Outputs that the kernels keep side by side."""
@@ -70,7 +70,7 @@ class _Packed(NamedTuple):
 
 
 def _pack(library: Library, weight: Tensor) -> _Packed:
-    panels = _empty_panels(weight)
+    panels = _empty_panels(library, weight)
     out_features, in_features = weight.shape
     is_brain = weight.dtype == torch.bfloat16
     pack = library.functions.pack_brain if is_brain else library.functions.pack_float
@@ -81,7 +81,7 @@ def _pack(library: Library, weight: Tensor) -> _Packed:
 
 def _pack_int8(library: Library, weight: Int8Weight) -> _Packed:
     out_features, in_features = weight.values.shape
-    panels = _empty_panels(weight.values, in_multiple=4)
+    panels = _empty_panels(library, weight.values, in_multiple=4)
     start = torch.empty(len(panels) * _PANEL, dtype=torch.int32)
     values = weight.values.contiguous()
     library.functions.pack_int8(
@@ -91,8 +91,27 @@ def _pack_int8(library: Library, weight: Int8Weight) -> _Packed:
     return _Packed(panels, start, (weight.scales / LEVELS_INT8).contiguous(), INTEGER)
 
 
-def _empty_panels(weight: Tensor, *, in_multiple: int = 1) -> Tensor:
+def quantize_int8_natively(library: Library, weight: Tensor) -> Int8Weight:
+    """As ``quantize_int8``, in one pass of the kernels over a weight of float32 or bfloat16.
+
+    Raises:
+        ValueError: the weight has a number that is not finite.
+    """
+    weight = weight.contiguous()
+    out_features, in_features = weight.shape
+    values, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(out_features)
+    library.functions.quantize_int8(
+        *(address(weight), int(weight.dtype == torch.bfloat16)),
+        *(address(values), address(scales), in_features, out_features),
+    )
+    check_finite(scales)
+    return Int8Weight(values, scales)
+
+
+def _empty_panels(library: Library, weight: Tensor, *, in_multiple: int = 1) -> Tensor:
     out_features, in_features = weight.shape
     num_panels = -(-out_features // _PANEL)
     width = -(-in_features // in_multiple) * in_multiple
-    return torch.empty(num_panels, width, _PANEL, dtype=weight.dtype)
+    panels = torch.empty(num_panels, width, _PANEL, dtype=weight.dtype)
+    library.functions.use_large_pages(address(panels), panels.nbytes)
+    return panels

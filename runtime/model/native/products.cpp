@@ -281,49 +281,4 @@ void product(const float* x, long x_stride, const Matrix* weight, float* y, long
     }
 }
 
-// [outputs, inputs] to panels [inputs][32]; what is beyond the outputs is zero.
-void pack_float(const float* weight, float* panels, long inputs, long outputs) {
-    const long count = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads)
-    for (long panel = 0; panel < count; panel++)
-        for (long k = 0; k < inputs; k++)
-            for (long n = 0; n < PANEL; n++) {
-                const long output = panel * PANEL + n;
-                panels[(panel * inputs + k) * PANEL + n] =
-                    output < outputs ? weight[output * inputs + k] : 0.0f;
-            }
-}
-
-// The same of 16-bit numbers; outputs i and i + 16 become neighbours.
-void pack_brain(const uint16_t* weight, uint16_t* panels, long inputs, long outputs) {
-    const long count = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads)
-    for (long panel = 0; panel < count; panel++)
-        for (long k = 0; k < inputs; k++)
-            for (long n = 0; n < PANEL; n++) {
-                const long output = panel * PANEL + n % 2 * LANES + n / 2;
-                panels[(panel * inputs + k) * PANEL + n] =
-                    output < outputs ? weight[output * inputs + k] : 0;
-            }
-}
-
-// [outputs, inputs] to panels [inputs / 4][32][4], and for each output -128 times its sum.
-void pack_int8(const int8_t* weight, int8_t* panels, int32_t* start, long inputs, long outputs) {
-    const long terms = (inputs + 3) / 4 * 4;
-    const long count = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads)
-    for (long panel = 0; panel < count; panel++)
-        for (long n = 0; n < PANEL; n++) {
-            const long output = panel * PANEL + n;
-            int32_t sum = 0;
-            for (long k = 0; k < terms; k++) {
-                const bool is_real = output < outputs && k < inputs;
-                const int8_t value = is_real ? weight[output * inputs + k] : 0;
-                panels[panel * terms * PANEL + k / 4 * 4 * PANEL + n * 4 + k % 4] = value;
-                sum += value;
-            }
-            start[output] = -128 * sum;
-        }
-}
-
 }  // extern "C"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.model.native.kernels import compiled, needs_native
-from understudy.runtime.model.native.linear import NativeLinear
+from understudy.runtime.model.native.linear import NativeLinear, quantize_int8_natively
 from understudy.runtime.model.quantization import (
     Int8Linear,
     Int8Weight,
@@ -123,6 +123,31 @@ def test_what_is_no_number_stays_in_its_row(bad: float, kind: str) -> None:
     assert not result[2].isfinite().any()
     others = [0, 1, 3, 4]
     assert torch.equal(result[others], good[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_a_weight_is_quantised_as_by_plain_torch(
+    inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    weight = random(outputs, inputs).to(dtype)
+    weight[0] = 0.0
+    expected = quantize_int8(weight)
+    library = compiled()
+    assert library is not None
+    found = quantize_int8_natively(library, weight)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.scales, expected.scales)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
+    weight = random(40, 64)
+    weight[3, 5] = bad
+    library = compiled()
+    assert library is not None
+    with pytest.raises(ValueError, match="not finite"):
+        quantize_int8_natively(library, weight)
 
 
 def test_a_row_of_zeros_gives_zeros() -> None:
