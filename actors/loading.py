@@ -85,12 +85,13 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         device=torch_device,
         numerics=config.numerics,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         progress=_Progress(config.model.name),
     )
     size = blocks_that_fit(
         model.config,
         block_size=config.block_size,
-        dtype=dtype,
+        dtype=model.kv_dtype,
         device=torch_device,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -124,6 +125,7 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         device=torch_device,
         numerics=config.numerics,
         quantization=config.quantization,
+        kv_dtype=model.kv_dtype,
     )
     speculator = load_speculator(config, model, runner, clock)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)

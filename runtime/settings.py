@@ -239,6 +239,13 @@ _ALL: Final = (
         "KIND",
     ),
     Setting(
+        "kv_cache_dtype",
+        choice("auto", "int8"),
+        "auto",
+        "format of keys and values; auto: as the model computes",
+        "TYPE",
+    ),
+    Setting(
         "numerics",
         choice("exact", "fast"),
         "exact",

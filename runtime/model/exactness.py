@@ -62,11 +62,12 @@ def numerics_class(
     device: torch.device,
     numerics: Numerics,
     quantization: Quantization = "none",
+    kv_dtype: torch.dtype | None = None,
 ) -> str:
     """Name whatever decides about bits: two engines that have the same name make the same.
 
-    The model's digest, dtype and quantisation, device and its kind, instruction set, threads, the
-    kernels, and torch's release.
+    The model's digest, dtype, quantisation and format of keys and values, device and its kind,
+    instruction set, threads, the kernels, and torch's release.
     """
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device).replace(" ", "_")
@@ -76,6 +77,8 @@ def numerics_class(
     name = str(dtype).removeprefix("torch.")
     if quantization != "none":
         name = f"{name}+{quantization}"
+    if kv_dtype is not None and kv_dtype != dtype:
+        name = f"{name}+kv-{str(kv_dtype).removeprefix('torch.')}"
     return "/".join((model_digest(directory), numerics, name, device.type, kind, torch.__version__))
 
 
@@ -114,7 +117,7 @@ class _Bench:
         """Of both sequences: keys and values, states, and the logits that follow the states."""
         states = torch.cat([part for parts in self._states for part in parts])
         cached = [
-            torch.cat((layer.keys[slots], layer.values[slots]))
+            torch.cat([tensor[slots].flatten().to(torch.float32) for tensor in layer.tensors])
             for slots in map(self._slots, self._sequences)
             for layer in self._runner.cache.layers
         ]

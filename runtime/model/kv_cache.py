@@ -30,12 +30,21 @@ _MIB: Final = 1 << 20
 class LayerCache(NamedTuple):
     """Keys and values of one layer, each ``[num_slots + 1, kv_heads, head_dim]``.
 
+    Of 8 bits, they are to be multiplied with scales ``[num_slots + 1, kv_heads]``, float32.
+
     The last slot belongs to no block and stays zero. Padding is read from there: a free block may
     hold anything, and even a weight of zero does not make an infinity harmless.
     """
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that there are."""
+        return tuple(tensor for tensor in self if tensor is not None)
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store ``[tokens, kv_heads, head_dim]`` in ``slots`` ``[tokens]``."""
@@ -60,11 +69,15 @@ class KVCache:
         self.block_size = block_size
         self.zero_slot = num_blocks * block_size
         shape = (self.zero_slot + 1, config.num_kv_heads, config.head_dim)
+        shapes = {dtype: shape} if dtype != torch.int8 else {dtype: shape, torch.float32: shape[:2]}
         try:
             self.layers = tuple(
                 LayerCache(
-                    torch.zeros(shape, dtype=dtype, device=device),
-                    torch.zeros(shape, dtype=dtype, device=device),
+                    *(
+                        torch.zeros(each, dtype=kind, device=device)
+                        for kind, each in shapes.items()
+                        for _ in ("keys", "values")
+                    )
                 )
                 for _ in range(config.num_layers)
             )
@@ -85,7 +98,7 @@ class KVCache:
         sources = sources.flatten().to(self.layers[0].keys.device)
         targets = targets.flatten().to(self.layers[0].keys.device)
         for layer in self.layers:
-            for tensor in layer:
+            for tensor in layer.tensors:
                 tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
 
@@ -101,9 +114,9 @@ class KVCacheSize(NamedTuple):
 
 def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of ``block_size`` tokens in all layers."""
-    return (
-        2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
-    )
+    scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
+    head_bytes = config.head_dim * dtype.itemsize + scale_bytes
+    return 2 * config.num_layers * block_size * config.num_kv_heads * head_bytes
 
 
 def blocks_that_fit(

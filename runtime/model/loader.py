@@ -21,9 +21,12 @@ from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.layers import Linear
 from understudy.runtime.model.linears import kept_dtype, make_linear
 from understudy.runtime.model.memory import available_memory
+from understudy.runtime.model.native.attention import NativeAttention
+from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.quantization_config import (
     CheckpointQuantization,
+    KVCacheDtype,
     Quantization,
     WeightFormat,
 )
@@ -80,9 +83,12 @@ def load_model(
     device: torch.device,
     numerics: Numerics = "exact",
     quantization: Quantization = "none",
+    kv_cache_dtype: KVCacheDtype = "auto",
     progress: Progress | None = None,
 ) -> Transformer:
     """Load a model; ``quantization`` is of matrices that the checkpoint has in floating point.
+
+    With ``kv_cache_dtype`` "int8" keys and values are kept in 8 bits, a scale for each head.
 
     Raises:
         ConfigurationError: The directory is no model, not a supported one, or damaged, or the
@@ -92,6 +98,7 @@ def load_model(
         raise ConfigurationError(f"dtype {dtype} is not supported; supported: float32, bfloat16")
     config = ModelConfig.from_directory(directory)
     _check_quantization(directory, config.quantization, quantization, device)
+    kv_dtype = _kv_dtype(config, kv_cache_dtype, dtype, device)
     checkpoint = Checkpoint.open(directory)
     bytes_total = _check_tensors(directory, config, checkpoint)
     stored = checkpoint.tensors[_outer_parts(config)[0].name].dtype
@@ -103,7 +110,7 @@ def load_model(
     try:
         with torch.inference_mode():
             weights = _model_weights(config, reader)
-            return Transformer(config, weights, numerics=numerics)
+            return Transformer(config, weights, numerics=numerics, kv_dtype=kv_dtype)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(directory, needed, device) from error
     except RuntimeError as error:
@@ -433,6 +440,20 @@ def _check_quantization(
         raise ConfigurationError(
             f"{directory}: quantised weights run on the CPU only; set --device cpu"
         )
+
+
+def _kv_dtype(
+    config: ModelConfig, wanted: KVCacheDtype, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    if wanted == "auto":
+        return dtype
+    if native_library(device, dtype) is None or not NativeAttention.takes(config):
+        raise ConfigurationError(
+            "--kv-cache-dtype int8 is for the CPU's own kernels, which need a C++ compiler, a"
+            " processor with AVX512-VNNI, --dtype float32 and heads of 16 to 256 dimensions;"
+            " leave it out"
+        )
+    return torch.int8
 
 
 def _first_lines(problems: list[str], place: object) -> list[str]:

@@ -17,6 +17,9 @@ from understudy.protocol.errors import ConfigurationError
 Quantization = Literal["none", "int8", "int4"]
 """What is done at load to weights that are stored in floating point."""
 
+KVCacheDtype = Literal["auto", "int8"]
+"""What keys and values are kept in; ``auto`` is the dtype that the model computes in."""
+
 WeightFormat = Literal["int-quantized", "pack-quantized", "float-quantized", "gptq", "awq"]
 
 _METHODS: Final = ("compressed-tensors", "gptq", "awq")

@@ -48,7 +48,7 @@ class ModelRunner:
             model.config,
             num_blocks=num_blocks,
             block_size=block_size,
-            dtype=model.dtype,
+            dtype=model.kv_dtype,
             device=model.device,
         )
         self._sampler = Sampler(model.vocab_size, model.device)

@@ -92,10 +92,19 @@ class GuessedDraws(NamedTuple):
 class Transformer:
     """A loaded model: tokens in, hidden states and logits out. Keeps no state between calls."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, *, numerics: Numerics) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        *,
+        numerics: Numerics,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """``kv_dtype`` is that of keys and values; ``None``: as the model computes."""
         self.config = config
         self.numerics = numerics
         self.dtype = weights.norm.dtype
+        self.kv_dtype = kv_dtype or self.dtype
         self.device = weights.embedding.device
         self._operations, self.attention = parts_for(
             config, numerics=numerics, dtype=self.dtype, device=self.device

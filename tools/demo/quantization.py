@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.model.loader import load_model
-from understudy.runtime.model.quantization_config import Quantization
+from understudy.runtime.model.quantization_config import KVCacheDtype, Quantization
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling import sequence as scheduling
@@ -29,7 +29,14 @@ from understudy.tools.demo.corpus import read_corpus
 from understudy.tools.demo.evaluation import windows
 from understudy.tools.demo.paths import demo_model_directory
 
-FORMS: Final[tuple[Quantization, ...]] = ("none", "int8", "int4")
+FORMS: Final[tuple[tuple[Quantization, KVCacheDtype], ...]] = (
+    ("none", "auto"),
+    ("int8", "auto"),
+    ("int4", "auto"),
+    ("none", "int8"),
+    ("int8", "int8"),
+)
+"""Of weights, and of keys and values."""
 WINDOW_TOKENS: Final = 1024
 BLOCK_TOKENS: Final = 16
 
@@ -75,22 +82,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     texts = [file.text for file in read_corpus().held_out[: chosen.files]]
     tokenizer = Tokenizer.from_file(str(chosen.model / "tokenizer.json"))
-    print("weights  nats/token  bits/byte  likeliest token is the same")
+    print("weights  cache    nats/token  bits/byte  likeliest token is the same")
     reference: Tensor | None = None
-    for form in FORMS:
+    for form, kv_form in FORMS:
         model = load_model(
             chosen.model,
             dtype=torch.float32,
             device=torch.device("cpu"),
             numerics="fast",
             quantization=form,
+            kv_cache_dtype=kv_form,
         )
         quality = measure(model, tokenizer, texts)
         reference = quality.likeliest if reference is None else reference
         same = (quality.likeliest == reference).double().mean().item()
         name = "float32" if form == "none" else form
+        kept = "float32" if kv_form == "auto" else kv_form
         print(
-            f"{name:<7}  {quality.nats_per_token:10.4f}  {quality.bits_per_byte:9.4f}  {same:27.2%}"
+            f"{name:<7}  {kept:<7}  {quality.nats_per_token:10.4f}"
+            f"  {quality.bits_per_byte:9.4f}  {same:27.2%}"
         )
 
 

@@ -91,7 +91,8 @@ class _Contexts:
         table = torch.tensor(self.tables[index], device=device)
         slots = table[positions // _BLOCK_SIZE] * _BLOCK_SIZE + positions % _BLOCK_SIZE
         group = self.config.group_size
-        keys, values = (each[slots].double().repeat_interleave(group, dim=1) for each in self.cache)
+        cached = (self.cache.keys, self.cache.values)
+        keys, values = (each[slots].double().repeat_interleave(group, dim=1) for each in cached)
         query = self.query[index, positions[position:] % 512].double()
         scores = torch.einsum("qhd,khd->hqk", query, keys) * self.config.head_dim**-0.5
         scores.masked_fill_(positions > positions[position:, None], -torch.inf)

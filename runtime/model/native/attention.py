@@ -16,7 +16,7 @@ from understudy.runtime.model.attention import Span
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import LayerCache
 from understudy.runtime.model.native.library import Library
-from understudy.runtime.model.native.structures import Cache, Heads, Spans
+from understudy.runtime.model.native.structures import Cache, Heads, Spans, address
 
 _GROUP_MAX: Final = 64
 _WIDTH_MAX: Final = 256
@@ -89,6 +89,7 @@ class NativeAttention:
         Returns:
             ``[rows, heads · head_dim]``.
         """
+        self._heads.is_narrow = cache.keys.dtype == torch.int8
         output = torch.zeros(plan.num_rows, self._width)
         self._functions.attend(
             *(heads.data_ptr(), output.data_ptr(), ctypes.byref(self._heads)),
@@ -110,4 +111,4 @@ def heads_of(config: ModelConfig) -> Heads:
 
 def cache_of(cache: LayerCache) -> Cache:
     """A layer's cache, for the kernels."""
-    return Cache(keys=cache.keys.data_ptr(), values=cache.values.data_ptr())
+    return Cache(*map(address, cache))

@@ -43,6 +43,7 @@ class NativeOperations:
         cache: LayerCache,
     ) -> Tensor:
         """See ``Operations``; gives ``heads``, changed in place."""
+        self._heads.is_narrow = cache.keys.dtype == torch.int8
         rows = Rows(
             count=len(heads),
             stored=len(slots),

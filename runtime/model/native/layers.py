@@ -119,6 +119,7 @@ class NativeLayers:
             return
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             layer.cache = cache_of(layer_cache)
+        self._heads.is_narrow = cache.layers[0].keys.dtype == torch.int8
         self._cache = weakref.ref(cache)
 
     def _rotation_for(self, num_positions: int) -> Rotation:

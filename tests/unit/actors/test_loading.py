@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unit.model.native.kernels import needs_native
 from understudy.actors.loading import Loaded, load_runner
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.config import EngineConfig, engine_config
@@ -41,6 +42,18 @@ def test_an_engine_with_quantised_weights_proves_its_numerics_and_names_them(
     loaded = load(quantization=quantization, max_model_len="256")
     assert f"/exact/float32+{quantization}/cpu/" in loaded.numerics
     assert loaded.max_model_len == 256
+
+
+@needs_native
+def test_keys_and_values_of_8_bits_take_a_quarter_of_the_memory_and_are_named() -> None:
+    plain, narrow = (load(max_model_len="1024", kv_cache_dtype=kind) for kind in ("auto", "int8"))
+    assert "/exact/float32+kv-int8/cpu/" in narrow.numerics
+    assert narrow.num_blocks > 3 * plain.num_blocks
+
+
+def test_keys_and_values_of_8_bits_need_kernels_that_read_them() -> None:
+    with pytest.raises(ConfigurationError, match="C\\+\\+ compiler"):
+        load(kv_cache_dtype="int8", dtype="bfloat16")
 
 
 def test_weights_stay_as_they_are_unless_something_is_said() -> None:

@@ -116,9 +116,8 @@ class Case:
             positions = torch.arange(span.position, len(slots))
             hidden = torch.arange(len(slots)) > positions[:, None]
             for head in range(config.num_heads):
-                keys, values = (
-                    each[slots, head // config.group_size].double() for each in self.cache
-                )
+                cached = (self.cache.keys, self.cache.values)
+                keys, values = (each[slots, head // config.group_size].double() for each in cached)
                 query = self.heads[span.start : span.start + span.num_tokens, head].double()
                 scores = (query @ keys.T / math.sqrt(config.head_dim)).masked_fill(
                     hidden, -math.inf

@@ -8,6 +8,7 @@ rows are compared: a first row alone looks invariant when the others are not.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.checkpoints import FAMILIES
-from tests.unit.model.conftest import LoadModel
+from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.unit.model.conftest import CPU, LoadModel
+from tests.unit.model.native.kernels import needs_native
 from understudy.protocol.request import Request, SamplingParams
+from understudy.runtime.model.exactness import prove_exactness
+from understudy.runtime.model.loader import load_model
+from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
@@ -194,6 +199,23 @@ def test_fast_numerics_are_close_but_need_not_be_equal(model_of: LoadModel) -> N
         run.step([(0, 7)])
     states, _, _ = oracle(model_of("llama", torch.float32, "exact", native=False), 0)
     torch.testing.assert_close(run.states(0), states[:100], atol=1e-3, rtol=1e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("family", ["llama", "wide", "qwen3"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_keys_and_values_of_8_bits_do_not_depend_on_the_batch_either(
+    tmp_path: Path, family: str, quantization: Quantization
+) -> None:
+    directory = write_checkpoint(tmp_path, FAMILIES[family])
+    model = load_model(
+        directory,
+        dtype=torch.float32,
+        device=CPU,
+        quantization=quantization,
+        kv_cache_dtype="int8",
+    )
+    prove_exactness(model, block_size=BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

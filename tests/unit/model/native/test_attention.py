@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.unit.model.native.kernels import compiled, needs_native
 from tests.unit.model.test_attention import BLOCK_SIZE, ZERO_SLOT, Case, config_of
 from understudy.runtime.model.attention import Span
+from understudy.runtime.model.kv_cache import LayerCache
 from understudy.runtime.model.native.attention import NativeAttention
 
 pytestmark = needs_native
@@ -55,6 +56,23 @@ def test_attention_is_that_of_the_oracle_whatever_the_spans(
 ) -> None:
     case = Case.random(config_of(14, 2, 64), shares)
     torch.testing.assert_close(attend(case).double(), case.expected(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_cache_of_8_bits_is_read_by_its_scales(heads: tuple[int, int, int]) -> None:
+    case = Case.random(config_of(*heads), [(700, 1), (0, 40), (500, 130)])
+    narrow, restored = [], []
+    for tensor in (case.cache.keys, case.cache.values):
+        is_there = tensor.isfinite().all(dim=2, keepdim=True)
+        scales = tensor.where(is_there, 0.0).abs().amax(dim=2, keepdim=True) / 127.0
+        codes = (tensor.where(is_there, 0.0) / scales.clamp(min=1e-9)).round().to(torch.int8)
+        narrow.append((codes, scales.squeeze(2).where(is_there.squeeze(2), torch.nan)))
+        restored.append((codes * scales).where(is_there, torch.nan))
+    (keys, key_scales), (values, value_scales) = narrow
+    case.cache = LayerCache(*restored)
+    expected = case.expected()
+    case.cache = LayerCache(keys, values, key_scales.contiguous(), value_scales.contiguous())
+    torch.testing.assert_close(attend(case).double(), expected, atol=1e-5, rtol=1e-4)
 
 
 @given(data=st.data())

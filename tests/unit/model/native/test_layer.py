@@ -86,3 +86,21 @@ def test_heads_are_rotated_and_kept_as_by_torch(head_dim: int, qk_norm: bool) ->
     torch.testing.assert_close(found[:, :8], expected, atol=close, rtol=close)
     for mine, theirs in zip(caches[1], caches[0], strict=True):
         torch.testing.assert_close(mine, theirs, atol=close, rtol=close, equal_nan=True)
+
+
+def test_keys_and_values_of_8_bits_are_kept_with_a_scale_for_each_head() -> None:
+    config = config_of(6, 2, 64)
+    _, native = operations_of(config)
+    heads = random(9, 10, 64)
+    heads[0, 6] = 0.0
+    rotation = RotaryEmbedding(config, CPU)(torch.arange(9))
+    slots = torch.arange(9) * 2
+    codes = [torch.zeros(NUM_SLOTS, 2, 64, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.zeros(NUM_SLOTS, 2) for _ in range(2)]
+    found = native.rotate_and_store(heads, None, rotation, slots, LayerCache(*codes, *scales))
+    for code, scale, expected in zip(codes, scales, (found[:, 6:8], found[:, 8:]), strict=True):
+        restored = code[slots] * scale[slots].unsqueeze(2)
+        half_a_step = scale[slots].unsqueeze(2) * 0.5001
+        assert ((restored - expected).abs() <= half_a_step).all()
+        assert code[slots].abs().amax(dim=2).flatten()[1:].eq(127).all()
+        assert not code[1::2].any()
