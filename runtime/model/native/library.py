@@ -10,6 +10,7 @@ torch computes.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -151,9 +152,12 @@ def _compiled(compiler: str) -> Path:
     folder = cache_directory()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"kernels-{name}.so"
-    if not _is_ours(path):
-        get_logger().info("native kernels: compiling, once for this machine", compiler=compiler)
-        _compile(compiler, path)
+    with (folder / "lock").open("w") as lock:
+        # Engines that start together wait for the one that compiles.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_ours(path):
+            get_logger().info("native kernels: compiling, once for this machine", compiler=compiler)
+            _compile(compiler, path)
     return path
 
 
