@@ -21,6 +21,7 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
+from understudy.actors.grammar_checks import GrammarChecks
 from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
@@ -84,10 +85,12 @@ async def serve_http(
     chance = chance or secrets.SystemRandom()
     answers = Answers(port, wake, served, limits=limits, clock=clock)
     streams = StreamEndpoints(port, wake, served, answers, clock=clock)
+    grammars = GrammarChecks(served.directory)
     generation = GenerationEndpoints(
         served,
         answers,
         streams,
+        grammars,
         cluster=lambda: port.cluster,
         limits=limits,
         wall_clock=wall_clock,
@@ -113,6 +116,7 @@ async def serve_http(
     async def stop(_: web.Application) -> None:
         await answers.stop()
         generation.close()
+        grammars.close()
 
     app.on_shutdown.append(stop)
     runner = web.AppRunner(

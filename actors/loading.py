@@ -68,6 +68,8 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     import torch
 
     from understudy.actors.speculation import load_speculator
+    from understudy.runtime.grammar_masks import GrammarMasks
+    from understudy.runtime.grammars import Grammars, load_vocabulary
     from understudy.runtime.model.exactness import numerics_class, prove_exactness
     from understudy.runtime.model.kv_cache import blocks_that_fit
     from understudy.runtime.model.loader import default_dtype, load_model
@@ -117,7 +119,13 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         threads=torch.get_num_threads(),
         kv_cache=size.reason,
     )
-    runner = ModelRunner(model, num_blocks=size.num_blocks, block_size=config.block_size)
+    grammars = Grammars(lambda: load_vocabulary(config.model))
+    runner = ModelRunner(
+        model,
+        num_blocks=size.num_blocks,
+        block_size=config.block_size,
+        grammar_masks=GrammarMasks(grammars, report=_report_grammar),
+    )
     numerics = numerics_class(
         config.model,
         dtype=dtype,
@@ -125,8 +133,13 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         numerics=config.numerics,
         quantization=config.quantization,
     )
-    speculator = load_speculator(config, model, runner, clock)
+    speculator = load_speculator(config, model, runner, grammars, clock)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
+
+
+def _report_grammar(request_id: int, error: str) -> None:
+    """Say that a grammar failed: how, but nothing of what it says."""
+    get_logger().warning("a grammar failed", request_id=request_id, error=error[:64])
 
 
 def _quantization_shown(config: EngineConfig, model_config: ModelConfig) -> str:

@@ -1,8 +1,9 @@
 """From logits to tokens, each row by its own request's parameters.
 
 The order of things, for one row: log-probabilities are taken from the raw logits; penalties, then
-logit bias, then forbidden stop tokens change the logits; temperature divides them; top-k, top-p and
-min-p, in this order, keep a set of the likeliest; Gumbel noise decides (see ``noise``).
+logit bias change the logits, and stop tokens and what a grammar does not allow are forbidden;
+temperature divides them; top-k, top-p and min-p, in this order, keep a set of the likeliest; Gumbel
+noise decides (see ``noise``).
 
 Rows pay only for what their request asks. The vocabulary is never sorted in the common case: a set
 of the likeliest is found among some candidates, with proof that nothing outside belongs to it, and
@@ -16,6 +17,7 @@ import math
 from collections.abc import Sequence as Rows
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
 from torch import Tensor
@@ -42,6 +44,8 @@ class SamplingRow(NamedTuple):
     token_ids: Rows[int]
     """Prompt, then output."""
     num_prompt_tokens: int
+    mask: bytes | None = None
+    """What its grammar allows: a bit for each token, the lowest of each byte first."""
 
     @property
     def position(self) -> int:
@@ -79,6 +83,7 @@ class Sampler:
         raw = logits[reported].log_softmax(dim=1) if reported else None
         for index, row in enumerate(rows):
             self._adjust(logits[index], row)
+        self._forbid_masked(logits, rows)
         tokens = self._draw(logits, rows)
         if raw is None:
             return [SampledToken(token) for token in tokens]
@@ -109,6 +114,16 @@ class Sampler:
             forbidden = [i for i in params.stop_token_ids if 0 <= i < self._vocab_size]
             if forbidden:
                 logits[torch.tensor(forbidden, device=self._device)] = -math.inf
+
+    def _forbid_masked(self, logits: Tensor, rows: Rows[SamplingRow]) -> None:
+        """Forbid what the rows' grammars do not allow, in place; tokens without a bit, too."""
+        for index, row in enumerate(rows):
+            if row.mask is None:
+                continue
+            bits = np.frombuffer(row.mask, dtype=np.uint8)
+            allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+            is_forbidden = torch.from_numpy(allowed == 0).to(self._device)
+            logits[index].masked_fill_(is_forbidden, -math.inf)
 
     def _draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
         if self._has_kernels:
