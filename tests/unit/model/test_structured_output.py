@@ -111,16 +111,21 @@ def test_answers_follow_their_grammars_and_end_when_they_are_complete(truth: Ser
 def test_a_batch_with_small_chunks_and_preemptions_makes_the_same(
     truth: Service, masks: GrammarMasks
 ) -> None:
+    crowd = [
+        replace(request, request_id=10 * copy + request.request_id)
+        for request in requests()
+        for copy in range(3)
+    ]
     service = serve(
         model_at("demo"),
-        requests(),
+        crowd,
         grammar_masks=masks,
-        max_num_batched_tokens=7,
+        max_num_batched_tokens=17,
         num_blocks=33,
         block_size=4,
     )
     assert service.num_preemptions > 0
-    assert service.served == truth.served
+    assert all(served == truth.served[i % 10] for i, served in service.served.items())
 
 
 class Oracle:
