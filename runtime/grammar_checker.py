@@ -13,6 +13,7 @@ import select
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO, Final
@@ -66,6 +67,8 @@ class GrammarChecker:
         self._child: subprocess.Popen[bytes] | None = None
         self._is_ready = False
         self._is_closed = False
+        self._lock = threading.Lock()
+        """Held in ``check``."""
 
     @property
     def pid(self) -> int | None:
@@ -79,6 +82,19 @@ class GrammarChecker:
             CheckerClosed: it was closed meanwhile.
             OSError: no child can be started.
         """
+        with self._lock:
+            return self._check(question)
+
+    def close(self) -> None:
+        """End the child, and what a thread has it check."""
+        self._is_closed = True
+        child = self._child
+        if child is not None:
+            child.kill()
+        with self._lock:
+            self._discard()
+
+    def _check(self, question: GrammarQuestion) -> GrammarVerdict:
         if self._child is None or self._child.poll() is not None:
             self._start()
         if not self._is_ready:
@@ -94,19 +110,8 @@ class GrammarChecker:
         limits = f"{self._check_s:g} s and {MEMORY_BYTES >> 20} MiB"
         return GrammarVerdict(error=f"too expensive: it cannot be compiled within {limits}")
 
-    def close(self) -> None:
-        """End the child. Safe to call while a thread is in ``check``."""
-        self._is_closed = True
-        child = self._child
-        if child is not None:
-            child.kill()
-            child.wait()
-
     def _replace(self) -> None:
         """Kill the child; the next one starts, so that the next grammar does not wait for it."""
-        assert self._child is not None
-        self._child.kill()
-        self._child.wait()
         self.num_kills += 1
         self._start()
 
@@ -126,14 +131,15 @@ class GrammarChecker:
             process_group=0,
         )
         self._is_ready = False
-        if self._is_closed:  # closed while it started: nobody else knows of this child
-            self._child.kill()
-            self._child.wait()
+        if self._is_closed:  # while it started: nobody else has seen this child
+            self._discard()
             raise CheckerClosed
 
     def _discard(self) -> None:
-        """Let go of a child that has ended."""
+        """End the child, if there is one, and let go of it."""
         if self._child is not None:
+            self._child.kill()
+            self._child.wait()
             for pipe in (self._child.stdin, self._child.stdout):
                 _close(pipe)
             self._child = None

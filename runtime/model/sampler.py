@@ -72,6 +72,9 @@ class Sampler:
         self._device = device
         self._token_ids = torch.arange(vocab_size, device=device)
         self._has_kernels = has_kernels(device)
+        bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+        self._mask_octets = torch.where(bits == 1, 0.0, -math.inf)
+        """What each octet of a mask adds to its eight tokens."""
 
     def sample(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[SampledToken]:
         """Draw a token for each row of ``logits`` ``[rows, vocab_size]``, float32.
@@ -117,13 +120,18 @@ class Sampler:
 
     def _forbid_masked(self, logits: Tensor, rows: Rows[SamplingRow]) -> None:
         """Forbid what the rows' grammars do not allow, in place; tokens without a bit, too."""
-        for index, row in enumerate(rows):
-            if row.mask is None:
-                continue
-            bits = np.frombuffer(row.mask, dtype=np.uint8)
-            allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
-            is_forbidden = torch.from_numpy(allowed == 0).to(self._device)
-            logits[index].masked_fill_(is_forbidden, -math.inf)
+        masks = [(index, row.mask) for index, row in enumerate(rows) if row.mask is not None]
+        if not masks:
+            return
+        # Masks travel as bits, and together; eight tokens at a time become what is added to them.
+        width = -(-self._vocab_size // 8)
+        packed = np.zeros((len(masks), width), dtype=np.uint8)
+        for place, (_, mask) in enumerate(masks):
+            packed[place, : len(mask)] = np.frombuffer(mask, dtype=np.uint8)[:width]
+        octets = torch.from_numpy(packed).to(self._device).to(torch.int32).view(-1)
+        added = self._mask_octets.index_select(0, octets).view(len(masks), -1)
+        index = torch.tensor([index for index, _ in masks], device=self._device)
+        logits.index_add_(0, index, added[:, : self._vocab_size])
 
     def _draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
         if self._has_kernels:

@@ -5,7 +5,7 @@ Written for this table. Each is within what the library can enforce; the name sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 Schema = dict[str, Any]
@@ -27,9 +27,14 @@ def table() -> dict[str, Schema]:
 
 def closed(*, optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
     """An object with these properties and no others."""
+    return closed_of(properties, optional=optional)
+
+
+def closed_of(properties: Mapping[str, Schema], *, optional: tuple[str, ...] = ()) -> Schema:
+    """The same, where names are no identifiers."""
     return {
         "type": "object",
-        "properties": properties,
+        "properties": dict(properties),
         "required": [name for name in properties if name not in optional],
         "additionalProperties": False,
     }
@@ -177,8 +182,8 @@ def _arrays() -> Iterator[tuple[str, Schema]]:
 def _objects() -> Iterator[tuple[str, Schema]]:
     for count in (1, 2, 5, 12, 25):
         names = {f"field_{i}": {"type": "boolean"} for i in range(count)}
-        yield f"{count} fields", closed(**names)
-        yield f"{count} fields that may be missing", closed(optional=tuple(names), **names)
+        yield f"{count} fields", closed_of(names)
+        yield f"{count} fields that may be missing", closed_of(names, optional=tuple(names))
     yield "empty object", closed()
     yield "anything", {"type": "object"}
     yield (
@@ -189,8 +194,8 @@ def _objects() -> Iterator[tuple[str, Schema]]:
     )
     yield (
         "keys with spaces and more",
-        closed(
-            **{
+        closed_of(
+            {
                 "a b": {"type": "null"},
                 'q"q': {"type": "null"},
                 "ü": {"type": "null"},
