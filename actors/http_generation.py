@@ -93,8 +93,9 @@ class GenerationEndpoints:
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
 
     def close(self) -> None:
-        """Give the threads back."""
+        """Give threads and processes back."""
         self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
 
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/chat/completions``."""

@@ -85,12 +85,11 @@ async def serve_http(
     chance = chance or secrets.SystemRandom()
     answers = Answers(port, wake, served, limits=limits, clock=clock)
     streams = StreamEndpoints(port, wake, served, answers, clock=clock)
-    grammars = GrammarChecks(served.directory)
     generation = GenerationEndpoints(
         served,
         answers,
         streams,
-        grammars,
+        GrammarChecks(served.directory),
         cluster=lambda: port.cluster,
         limits=limits,
         wall_clock=wall_clock,
@@ -116,7 +115,6 @@ async def serve_http(
     async def stop(_: web.Application) -> None:
         await answers.stop()
         generation.close()
-        grammars.close()
 
     app.on_shutdown.append(stop)
     runner = web.AppRunner(

@@ -7,6 +7,8 @@ from typing import Final, NamedTuple
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.config import EngineConfig
 from understudy.runtime.echo import EchoRunner
+from understudy.runtime.grammar_masks import GrammarMasks
+from understudy.runtime.grammars import Grammars, load_vocabulary
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
@@ -68,8 +70,6 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     import torch
 
     from understudy.actors.speculation import load_speculator
-    from understudy.runtime.grammar_masks import GrammarMasks
-    from understudy.runtime.grammars import Grammars, load_vocabulary
     from understudy.runtime.model.exactness import numerics_class, prove_exactness
     from understudy.runtime.model.kv_cache import blocks_that_fit
     from understudy.runtime.model.loader import default_dtype, load_model
@@ -120,11 +120,9 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         kv_cache=size.reason,
     )
     grammars = Grammars(lambda: load_vocabulary(config.model))
+    masks = GrammarMasks(grammars, report=_report_grammar)
     runner = ModelRunner(
-        model,
-        num_blocks=size.num_blocks,
-        block_size=config.block_size,
-        grammar_masks=GrammarMasks(grammars, report=_report_grammar),
+        model, num_blocks=size.num_blocks, block_size=config.block_size, grammar_masks=masks
     )
     numerics = numerics_class(
         config.model,

@@ -24,7 +24,8 @@ import torch
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from tests.conformance.schemas import Schema, table
+from tests.conformance.schemas import table
+from tests.conformance.words import Schema
 from tests.serving import request_of
 from understudy.protocol.errors import InvalidRequest
 from understudy.protocol.openai.structured_output import json_grammar

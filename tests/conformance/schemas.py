@@ -5,39 +5,32 @@ Written for this table. Each is within what the library can enforce; the name sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator
 
-Schema = dict[str, Any]
-
-_STRING: Final[Schema] = {"type": "string"}
-_INTEGER: Final[Schema] = {"type": "integer"}
-_SHORT: Final[Schema] = {"type": "string", "maxLength": 8}
+from tests.conformance.forms import listings, records, sheets
+from tests.conformance.words import INTEGER, SHORT, Schema, closed, closed_of
 
 
 def table() -> dict[str, Schema]:
     """All schemas by name."""
     schemas: dict[str, Schema] = {}
-    for group in (_scalars, _strings, _numbers, _arrays, _objects, _unions, _references, _forms):
+    for group in (
+        _scalars,
+        _strings,
+        _numbers,
+        _arrays,
+        _objects,
+        _objects_within,
+        _unions,
+        _references,
+        records,
+        listings,
+        sheets,
+    ):
         for name, schema in group():
             assert name not in schemas, name
             schemas[name] = schema
     return schemas
-
-
-def closed(*, optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
-    """An object with these properties and no others."""
-    return closed_of(properties, optional=optional)
-
-
-def closed_of(properties: Mapping[str, Schema], *, optional: tuple[str, ...] = ()) -> Schema:
-    """The same, where names are no identifiers."""
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": [name for name in properties if name not in optional],
-        "additionalProperties": False,
-    }
 
 
 def _scalars() -> Iterator[tuple[str, Schema]]:
@@ -141,7 +134,7 @@ def _arrays() -> Iterator[tuple[str, Schema]]:
         "list of at least two",
         closed(values={"type": "array", "items": {"type": "boolean"}, "minItems": 2}),
     )
-    pair = [{"type": "integer", "maximum": 999, "minimum": 0}, _SHORT]
+    pair = [{"type": "integer", "maximum": 999, "minimum": 0}, SHORT]
     yield (
         "pair",
         closed(value={"type": "array", "prefixItems": pair, "items": False, "minItems": 2}),
@@ -171,7 +164,7 @@ def _arrays() -> Iterator[tuple[str, Schema]]:
         closed(
             people={
                 "type": "array",
-                "items": closed(name=_SHORT, age={"enum": [1, 2]}),
+                "items": closed(name=SHORT, age={"enum": [1, 2]}),
                 "maxItems": 2,
             }
         ),
@@ -189,7 +182,7 @@ def _objects() -> Iterator[tuple[str, Schema]]:
     yield (
         "half of the fields required",
         closed(
-            optional=("b", "d"), a=_INTEGER, b={"type": "null"}, c={"type": "boolean"}, d=_INTEGER
+            optional=("b", "d"), a=INTEGER, b={"type": "null"}, c={"type": "boolean"}, d=INTEGER
         ),
     )
     yield (
@@ -199,13 +192,13 @@ def _objects() -> Iterator[tuple[str, Schema]]:
                 "a b": {"type": "null"},
                 'q"q': {"type": "null"},
                 "ü": {"type": "null"},
-                "/": _INTEGER,
+                "/": INTEGER,
             }
         ),
     )
     yield (
         "keys with common beginnings",
-        closed(optional=("a", "aa", "aaa"), a=_INTEGER, aa=_INTEGER, aaa=_INTEGER),
+        closed(optional=("a", "aa", "aaa"), a=INTEGER, aa=INTEGER, aaa=INTEGER),
     )
     yield "map to integers", {"type": "object", "additionalProperties": {"enum": [0, 1]}}
     yield (
@@ -226,6 +219,9 @@ def _objects() -> Iterator[tuple[str, Schema]]:
         },
     )
     yield "required without properties", {"type": "object", "required": ["a"]}
+
+
+def _objects_within() -> Iterator[tuple[str, Schema]]:
     for depth in (2, 4, 8, 16):
         schema: Schema = {"enum": [True]}
         for _ in range(depth):
@@ -254,7 +250,7 @@ def _objects() -> Iterator[tuple[str, Schema]]:
 
 
 def _unions() -> Iterator[tuple[str, Schema]]:
-    yield "either of two kinds", closed(value={"anyOf": [_SHORT, {"type": "integer"}]})
+    yield "either of two kinds", closed(value={"anyOf": [SHORT, {"type": "integer"}]})
     yield (
         "either of three objects",
         {
@@ -265,9 +261,9 @@ def _unions() -> Iterator[tuple[str, Schema]]:
             ]
         },
     )
-    yield "optional by null", closed(value={"anyOf": [closed(x=_INTEGER), {"type": "null"}]})
+    yield "optional by null", closed(value={"anyOf": [closed(x=INTEGER), {"type": "null"}]})
     yield "one of kinds apart", closed(value={"oneOf": [{"type": "boolean"}, {"type": "null"}]})
-    tagged = [closed(kind={"const": tag}, size=_INTEGER) for tag in ("circle", "square")]
+    tagged = [closed(kind={"const": tag}, size=INTEGER) for tag in ("circle", "square")]
     yield "one of tagged objects", closed(shape={"oneOf": tagged})
     yield "any of tagged objects", closed(shape={"anyOf": tagged})
     yield (
@@ -297,7 +293,7 @@ def _unions() -> Iterator[tuple[str, Schema]]:
     yield (
         "all with a reference",
         {
-            "$defs": {"base": {"type": "object", "properties": {"a": _INTEGER}, "required": ["a"]}},
+            "$defs": {"base": {"type": "object", "properties": {"a": INTEGER}, "required": ["a"]}},
             "allOf": [{"$ref": "#/$defs/base"}],
             "properties": {"b": {"type": "boolean"}},
             "required": ["b"],
@@ -312,7 +308,7 @@ def _unions() -> Iterator[tuple[str, Schema]]:
 
 
 def _references() -> Iterator[tuple[str, Schema]]:
-    point = closed(x=_INTEGER, y=_INTEGER)
+    point = closed(x=INTEGER, y=INTEGER)
     yield "definition", {"$defs": {"point": point}, **closed(at={"$ref": "#/$defs/point"})}
     yield (
         "old definitions",
@@ -374,129 +370,4 @@ def _references() -> Iterator[tuple[str, Schema]]:
         {
             **closed(a=point, b={"$ref": "#/properties/a"}),
         },
-    )
-
-
-def _forms() -> Iterator[tuple[str, Schema]]:
-    """What applications ask for."""
-    yield (
-        "person",
-        closed(
-            optional=("email",),
-            name={"type": "string", "minLength": 1, "maxLength": 20},
-            age={"type": "integer", "minimum": 0, "maximum": 150},
-            email={"type": "string", "format": "email"},
-        ),
-    )
-    yield (
-        "sentiment",
-        closed(
-            label={"enum": ["positive", "negative", "neutral"]},
-            confidence={"type": "number", "minimum": 0, "maximum": 1},
-        ),
-    )
-    yield (
-        "tool call",
-        closed(
-            name={"enum": ["get_weather", "get_time"]},
-            arguments=closed(optional=("unit",), city=_SHORT, unit={"enum": ["C", "F"]}),
-        ),
-    )
-    yield (
-        "order",
-        closed(
-            id={"type": "string", "pattern": "^[A-Z]{2}[0-9]{4}$"},
-            lines={
-                "type": "array",
-                "items": closed(
-                    product=_SHORT,
-                    count={"type": "integer", "minimum": 1, "maximum": 99},
-                    price={"type": "number", "minimum": 0, "maximum": 1000},
-                ),
-                "minItems": 1,
-                "maxItems": 2,
-            },
-            is_paid={"type": "boolean"},
-        ),
-    )
-    yield (
-        "steps and an answer",
-        closed(
-            steps={
-                "type": "array",
-                "items": closed(explanation={"type": "string", "maxLength": 20}, output=_SHORT),
-                "maxItems": 2,
-            },
-            final_answer=_SHORT,
-        ),
-    )
-    yield (
-        "calendar event",
-        closed(
-            title=_SHORT,
-            date={"type": "string", "format": "date"},
-            participants={"type": "array", "items": _SHORT, "maxItems": 3},
-        ),
-    )
-    yield (
-        "questions",
-        {
-            "type": "array",
-            "items": closed(
-                question={"type": "string", "maxLength": 15},
-                choices={"type": "array", "items": _SHORT, "minItems": 2, "maxItems": 2},
-                answer={"enum": [0, 1]},
-            ),
-            "minItems": 1,
-            "maxItems": 2,
-        },
-    )
-    yield (
-        "extraction",
-        closed(
-            entities={
-                "type": "array",
-                "items": closed(
-                    text=_SHORT,
-                    kind={"enum": ["PERSON", "PLACE", "DATE"]},
-                    start={"type": "integer", "minimum": 0, "maximum": 9999},
-                ),
-                "maxItems": 2,
-            }
-        ),
-    )
-    yield (
-        "settings",
-        closed(
-            optional=("proxy",),
-            host={"type": "string", "format": "ipv4"},
-            port={"type": "integer", "minimum": 1, "maximum": 65535},
-            level={"enum": ["debug", "info", "error"]},
-            proxy={"anyOf": [closed(url={"enum": ["http://proxy"]}), {"type": "null"}]},
-        ),
-    )
-    yield (
-        "table",
-        closed(
-            columns={"type": "array", "items": _SHORT, "minItems": 2, "maxItems": 2},
-            rows={
-                "type": "array",
-                "items": {
-                    "type": "array",
-                    "items": {"type": ["integer", "null"]},
-                    "minItems": 2,
-                    "maxItems": 2,
-                },
-                "maxItems": 2,
-            },
-        ),
-    )
-    yield (
-        "review",
-        closed(
-            rating={"type": "integer", "minimum": 1, "maximum": 5},
-            pros={"type": "array", "items": _SHORT, "maxItems": 2},
-            cons={"type": "array", "items": _SHORT, "maxItems": 2},
-            would_buy_again={"type": "boolean"},
-        ),
     )
