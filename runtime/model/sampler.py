@@ -113,7 +113,8 @@ class Sampler:
         if biases:
             ids = torch.tensor([i for i, _ in biases], device=self._device)
             logits[ids] += torch.tensor([bias for _, bias in biases], device=self._device)
-        if row.position < params.min_tokens:
+        # A grammar may allow nothing but the end, and then nothing else can be drawn.
+        if row.position < params.min_tokens and row.mask is None:
             forbidden = [i for i in params.stop_token_ids if 0 <= i < self._vocab_size]
             if forbidden:
                 logits[torch.tensor(forbidden, device=self._device)] = -math.inf

@@ -97,3 +97,10 @@ def test_tokens_beyond_the_mask_are_forbidden() -> None:
     row = SamplingRow(PARAMS[0], [1], 1, mask_of(set(range(32)), 32))
     [drawn] = Sampler(100, CPU).sample(logits, [row])
     assert drawn.token_id < 32
+
+
+def test_an_end_that_the_grammar_asks_for_is_not_forbidden() -> None:
+    params = SamplingParams(seed=0, max_tokens=9, min_tokens=5, stop_token_ids=(7,))
+    row = SamplingRow(params, [1], 1, mask_of({7}, 64))
+    [drawn] = Sampler(64, CPU).sample(random_logits(1, 64, 0), [row])
+    assert drawn.token_id == 7
