@@ -87,12 +87,9 @@ def _follow(vocabulary: GrammarVocabulary, matcher: LLMatcher) -> bool:
     """
     for _ in range(FOLLOWED_TOKENS):
         begun_at = time.perf_counter()
-        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        bits = int.from_bytes(vocabulary.mask(matcher), "little")
         if time.perf_counter() - begun_at > MASK_S:
             return False
-        check(matcher)
-        if not bits:
-            raise GrammarError("no text can follow it")
         bits &= ~sum(1 << token for token in vocabulary.eos_token_ids)
         lowest = (bits & -bits).bit_length() - 1
         if lowest < 0:

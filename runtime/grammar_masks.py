@@ -283,13 +283,7 @@ class _Follower:
         return matcher
 
     def _mask(self, matcher: LLMatcher) -> bytes:
-        if self._num_ends:
-            return self._end_mask()
-        mask = matcher.compute_bitmask()
-        check(matcher)
-        if not mask.strip(b"\0"):
-            raise GrammarError("no token can follow")
-        return mask
+        return self._end_mask() if self._num_ends else self._grammars.vocabulary.mask(matcher)
 
     def _end_mask(self) -> bytes:
         """Behind its end, an answer goes on with nothing but its end."""

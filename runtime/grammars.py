@@ -34,6 +34,7 @@ LIMITS: Final = LLParserLimits(
 
 ``verbose_errors`` would put the text made so far into error messages.
 """
+_DIGITS: Final = bytes.maketrans(b"\0\1", b"01")
 PROTOTYPES_MAX: Final = 32
 PROTOTYPE_BYTES_MAX: Final = 512 << 10
 """Compiled grammars that are kept, and their texts' bytes: compiled, one takes up to 500 times as
@@ -49,8 +50,11 @@ class GrammarVocabulary(NamedTuple):
 
     tokenizer: LLTokenizer
     width: int
-    """Of the logits. Ids beyond the tokenizer's are in no mask."""
+    """Of the logits."""
     eos_token_ids: frozenset[int]
+    known: int
+    """A bit for each id that the tokenizer has: a grammar may name ids, and others are in no mask.
+    """
 
     def compile(self, grammar: str) -> LLMatcher:
         """A matcher at the beginning of an answer.
@@ -61,6 +65,19 @@ class GrammarVocabulary(NamedTuple):
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=LIMITS)
         check(matcher)
         return matcher
+
+    def mask(self, matcher: LLMatcher) -> bytes:
+        """The tokens that may come next: a bit for each, the lowest of each byte first.
+
+        Raises:
+            GrammarError: none may, or they cannot be found within the limits.
+        """
+        mask = matcher.compute_bitmask()
+        check(matcher)
+        mask = (int.from_bytes(mask, "little") & self.known).to_bytes(len(mask), "little")
+        if not mask.strip(b"\0"):
+            raise GrammarError("no text can follow it")
+        return mask
 
 
 def load_vocabulary(directory: Path) -> GrammarVocabulary:
@@ -92,7 +109,9 @@ def make_vocabulary(
     tokens = _Tokens(tokenizer, width, known)
     made = LLTokenizer(cast("Any", tokens), eos_token=sorted(known))  # it looks for names
     tokens.greedy = made.greedy_tokenize
-    return GrammarVocabulary(made, width, known)
+    spelled = bytes(bool(spelling) for spelling in tokens.tokens)
+    bits = int(spelled[::-1].translate(_DIGITS), 2)
+    return GrammarVocabulary(made, width, known, bits)
 
 
 def check(matcher: LLMatcher) -> None:

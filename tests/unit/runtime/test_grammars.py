@@ -68,7 +68,11 @@ def accepts(grammar: str, text: str) -> bool:
 
 
 def allowed(matcher: LLMatcher) -> set[int]:
-    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    return bits_of(matcher.compute_bitmask())
+
+
+def bits_of(mask: bytes) -> set[int]:
+    bits = np.frombuffer(mask, dtype=np.uint8)
     return {int(token) for token in np.flatnonzero(np.unpackbits(bits, bitorder="little"))}
 
 
@@ -162,9 +166,14 @@ def test_an_answer_that_may_end_or_go_on_may_do_both() -> None:
 def test_logits_that_no_token_belongs_to_are_in_no_mask() -> None:
     width = TOKENIZER.vocab_size + 1000
     wide = make_vocabulary(TOKENIZER, width, vocabulary().eos_token_ids)
-    matcher = wide.compile("start: /(.|\\n)*/")
-    assert len(matcher.compute_bitmask()) * 8 >= width
-    assert max(allowed(matcher)) < TOKENIZER.vocab_size
+    beyond = TOKENIZER.vocab_size + 4
+    for grammar in ("start: /(.|\\n)*/", "start: <[*]>", f"start: <[0,70,{beyond}]>"):
+        mask = wide.mask(wide.compile(grammar))
+        assert len(mask) * 8 >= width
+        assert 70 in bits_of(mask)
+        assert max(bits_of(mask)) < TOKENIZER.vocab_size
+    with pytest.raises(GrammarError):
+        wide.mask(wide.compile(f"start: <[{beyond}]>"))
 
 
 def test_a_vocabulary_may_be_wider_than_the_logits() -> None:
