@@ -10,6 +10,7 @@ from typing import Final, Literal, NamedTuple, TypeVar
 
 from aiohttp import hdrs, web
 
+from understudy.actors.grammar_checks import GrammarChecks
 from understudy.actors.http_answers import Answers, Call, HttpLimits
 from understudy.actors.http_rejoin import (
     StreamEndpoints,
@@ -62,6 +63,7 @@ class GenerationEndpoints:
         served: The model.
         answers: Where calls are answered.
         streams: Where calls are joined that came before.
+        grammars: Where grammars are checked.
         cluster: Tells what is known of the cluster.
         limits: What a client may take.
         wall_clock: Seconds since 1970, for ``created``.
@@ -73,6 +75,7 @@ class GenerationEndpoints:
         served: ServedModel,
         answers: Answers,
         streams: StreamEndpoints,
+        grammars: GrammarChecks,
         *,
         cluster: Callable[[], ClusterState],
         limits: HttpLimits,
@@ -82,6 +85,7 @@ class GenerationEndpoints:
         self._served = served
         self._answers = answers
         self._streams = streams
+        self._grammars = grammars
         self._cluster = cluster
         self._limits = limits
         self._wall_clock = wall_clock
@@ -89,20 +93,22 @@ class GenerationEndpoints:
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
 
     def close(self) -> None:
-        """Give the threads back."""
+        """Give threads and processes back."""
         self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
 
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/chat/completions``."""
         model = self._model()
         raw = await self._read(http_request)
         body = chat.parse_chat(raw, model)
+        generation = await self._with_grammar(body.generation)
         prompt = await self._chat_prompt(body, model, size=len(raw))
         requests = make_requests(
-            body.generation, prompt, model, draw=self._draw, default_max_tokens=None
+            generation, prompt, model, draw=self._draw, default_max_tokens=None
         )
         echoes = [None] * len(requests)
-        prepared = _Prepared("chat", body.generation, requests, echoes, body.ignored)
+        prepared = _Prepared("chat", generation, requests, echoes, body.ignored)
         return await self._answer(http_request, raw, prepared)
 
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
@@ -110,12 +116,13 @@ class GenerationEndpoints:
         model = self._model()
         raw = await self._read(http_request)
         body = parse_completion(raw, model)
+        generation = await self._with_grammar(body.generation)
         requests: list[Request] = []
         echoes: list[str | None] = []
         for given in body.prompts:
             prompt = await self._prompt(given, model, size=len(raw))
             requests += make_requests(
-                body.generation,
+                generation,
                 prompt,
                 model,
                 draw=self._draw,
@@ -125,9 +132,17 @@ class GenerationEndpoints:
             echo = None
             if body.echo:
                 echo = given if isinstance(given, str) else self._served.tokenizer.decode(given)
-            echoes += [echo] * body.generation.n
-        prepared = _Prepared("completions", body.generation, requests, echoes, body.ignored)
+            echoes += [echo] * generation.n
+        prepared = _Prepared("completions", generation, requests, echoes, body.ignored)
         return await self._answer(http_request, raw, prepared)
+
+    async def _with_grammar(self, generation: Generation) -> Generation:
+        """What a body asks for, with its grammar checked and settled."""
+        if generation.grammar is None:
+            return generation
+        text = await self._grammars.check(generation.grammar)
+        sampling = dataclasses.replace(generation.sampling, grammar=text)
+        return dataclasses.replace(generation, sampling=sampling)
 
     def _model(self) -> ModelTraits:
         return self._served.traits(max_model_len=self._cluster().max_model_len)

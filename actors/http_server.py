@@ -21,6 +21,7 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
+from understudy.actors.grammar_checks import GrammarChecks
 from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
@@ -88,6 +89,7 @@ async def serve_http(
         served,
         answers,
         streams,
+        GrammarChecks(served.directory),
         cluster=lambda: port.cluster,
         limits=limits,
         wall_clock=wall_clock,

@@ -7,6 +7,8 @@ from typing import Final, NamedTuple
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.config import EngineConfig
 from understudy.runtime.echo import EchoRunner
+from understudy.runtime.grammar_masks import GrammarMasks
+from understudy.runtime.grammars import Grammars, load_vocabulary
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
@@ -118,7 +120,11 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         threads=torch.get_num_threads(),
         kv_cache=size.reason,
     )
-    runner = ModelRunner(model, num_blocks=size.num_blocks, block_size=config.block_size)
+    grammars = Grammars(lambda: load_vocabulary(config.model))
+    masks = GrammarMasks(grammars, report=_report_grammar)
+    runner = ModelRunner(
+        model, num_blocks=size.num_blocks, block_size=config.block_size, grammar_masks=masks
+    )
     numerics = numerics_class(
         config.model,
         dtype=dtype,
@@ -127,8 +133,13 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         quantization=config.quantization,
         kv_dtype=model.kv_dtype,
     )
-    speculator = load_speculator(config, model, runner, clock)
+    speculator = load_speculator(config, model, runner, grammars, clock)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
+
+
+def _report_grammar(request_id: int, error: str) -> None:
+    """Say that a grammar failed: how, but nothing of what it says."""
+    get_logger().warning("a grammar failed", request_id=request_id, error=error[:64])
 
 
 def _quantization_shown(config: EngineConfig, model_config: ModelConfig) -> str:

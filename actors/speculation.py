@@ -7,6 +7,8 @@ from pathlib import Path
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.config import EngineConfig
+from understudy.runtime.grammar_masks import GrammarMasks
+from understudy.runtime.grammars import Grammars
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
@@ -27,9 +29,15 @@ from understudy.runtime.speculative_config import parse_speculative_config
 
 
 def load_speculator(
-    config: EngineConfig, model: Transformer, runner: ModelRunner, clock: Clock
+    config: EngineConfig,
+    model: Transformer,
+    runner: ModelRunner,
+    grammars: Grammars,
+    clock: Clock,
 ) -> Speculator | None:
     """Load what the configuration says of speculation, and measure what it costs.
+
+    A draft model guesses within the requests' grammars; what is beside them would be in vain.
 
     Raises:
         ConfigurationError: the draft model is none, or speaks of other tokens than the model.
@@ -41,7 +49,7 @@ def load_speculator(
     draft_costs: DraftCosts | None = None
     if chosen.model is not None:
         _check_same_tokens(config.model, chosen.model)
-        draft_runner = _draft_runner(config, chosen.model, model, runner)
+        draft_runner = _draft_runner(config, chosen.model, model, runner, grammars)
         draft_costs = profile_drafts(draft_runner, clock) if chosen.adaptive else None
         drafter = ModelDrafter(
             draft_runner, num_blocks=runner.cache.num_blocks, block_size=config.block_size
@@ -59,7 +67,11 @@ def load_speculator(
 
 
 def _draft_runner(
-    config: EngineConfig, directory: Path, model: Transformer, runner: ModelRunner
+    config: EngineConfig,
+    directory: Path,
+    model: Transformer,
+    runner: ModelRunner,
+    grammars: Grammars,
 ) -> ModelRunner:
     # Its guesses are checked, so its numbers need not be exact.
     draft = load_model(directory, dtype=model.dtype, device=model.device, numerics="fast")
@@ -68,7 +80,12 @@ def _draft_runner(
             f"{directory}: the draft model has {draft.vocab_size} tokens and the model"
             f" {model.vocab_size}; a draft model needs the model's tokenizer"
         )
-    return ModelRunner(draft, num_blocks=runner.cache.num_blocks, block_size=config.block_size)
+    return ModelRunner(
+        draft,
+        num_blocks=runner.cache.num_blocks,
+        block_size=config.block_size,
+        grammar_masks=GrammarMasks(grammars),
+    )
 
 
 def _check_same_tokens(target: Path, draft: Path) -> None:

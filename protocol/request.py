@@ -28,6 +28,8 @@ class FinishReason(IntEnum):
     """The client went away, or asked for the end."""
     ERROR = 4
     """The system could not go on."""
+    REFUSED = 6
+    """The grammar that the client gave cannot be followed any further within the limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,9 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    grammar: str = ""
+    """What the output must follow, for llguidance: Lark, or its own JSON. Empty is nothing. With a
+    grammar, ``stop_token_ids`` holds the end-of-sequence ids and ``min_tokens`` is 0."""
 
 
 @dataclass(frozen=True, slots=True)

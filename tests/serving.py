@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from understudy.protocol.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from understudy.runtime.grammar_masks import GrammarMasks
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
@@ -49,6 +50,7 @@ def serve(
     enable_prefix_caching: bool = True,
     at_once: bool = True,
     speculator: Speculator | None = None,
+    grammar_masks: GrammarMasks | None = None,
 ) -> Service:
     """Serve requests to their ends, all of them there from the start, or one after another."""
     config = SchedulerConfig(
@@ -63,7 +65,9 @@ def serve(
         enable_prefix_caching=enable_prefix_caching,
     )
     scheduler = Scheduler(config, manager)
-    runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size)
+    runner = ModelRunner(
+        model, num_blocks=num_blocks, block_size=block_size, grammar_masks=grammar_masks
+    )
     service = Service()
     waiting = deque(requests)
     while waiting or scheduler.has_work:

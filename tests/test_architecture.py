@@ -13,11 +13,14 @@ ROOT: Final = Path(__file__).parents[1]
 
 TORCH_FREE: Final = (
     "understudy.actors.gateway",
+    "understudy.actors.grammar_checks",
     "understudy.actors.http_server",
     "understudy.actors.launcher",
     "understudy.actors.main",
     "understudy.actors.supervisor",
     "understudy.runtime.config",
+    "understudy.runtime.grammar_child",
+    "understudy.runtime.grammar_masks",
     "understudy.runtime.kit.client",
     "understudy.runtime.model.config",
     "understudy.runtime.served_model",

@@ -13,7 +13,12 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from understudy.protocol.errors import InternalError, RequestError, Unavailable
+from understudy.protocol.errors import (
+    InternalError,
+    InvalidRequest,
+    RequestError,
+    Unavailable,
+)
 from understudy.protocol.openai.logprobs import TokenLogprob
 from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.request import FinishReason
@@ -95,6 +100,8 @@ def finish_reason_or_error(finish: FinishReason) -> str | RequestError:
             return Unavailable("the request was cancelled by the server")
         case FinishReason.ERROR:
             return InternalError("the system could not go on with the request")
+        case FinishReason.REFUSED:
+            return InvalidRequest("the grammar has become too expensive to follow")
 
 
 def error_event(error: RequestError) -> bytes:

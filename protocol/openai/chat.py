@@ -20,6 +20,7 @@ from understudy.protocol.openai.sampling import (
     check_generation,
 )
 from understudy.protocol.openai.stream_ids import EventIds
+from understudy.protocol.openai.structured_output import ResponseFormat
 
 CHUNK_KIND: Final = "chat.completion.chunk"
 
@@ -81,6 +82,7 @@ class ChatFields(GenerationFields, kw_only=True, frozen=True):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    response_format: ResponseFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,9 @@ def parse_chat(raw: bytes, model: ModelTraits) -> ChatCompletion:
         raise InvalidRequest("messages must hold at least one message", param="messages")
     if fields.max_completion_tokens is not None:
         fields = msgspec.structs.replace(fields, max_tokens=fields.max_completion_tokens)
-    generation = check_generation(fields, model, logprobs=_logprobs(fields))
+    generation = check_generation(
+        fields, model, logprobs=_logprobs(fields), response_format=fields.response_format
+    )
     if len(messages) > model.max_model_len:
         # A message takes a token at least; rendering a million of them would hold up others.
         raise InvalidRequest("there are more messages than the context holds", param="messages")

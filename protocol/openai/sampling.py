@@ -14,6 +14,13 @@ from typing import Final, TypeVar
 import msgspec
 
 from understudy.protocol.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from understudy.protocol.openai.structured_output import (
+    Grammar,
+    ResponseFormat,
+    StructuredOutputs,
+    read_structured_output,
+    refuse_with_grammar,
+)
 from understudy.protocol.request import SEED_MASK, Request, SamplingParams
 
 N = TypeVar("N", int, float)
@@ -64,6 +71,7 @@ class GenerationFields(msgspec.Struct, kw_only=True, frozen=True):
     ignore_eos: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ class Generation:
     """What a request asks for besides its prompt, checked.
 
     In ``sampling`` everything is settled but ``seed`` and ``max_tokens``, which depend on the
-    prompt: see ``make_requests``.
+    prompt: see ``make_requests``. Its ``grammar`` is empty until ``grammar`` is checked.
     """
 
     sampling: SamplingParams
@@ -102,12 +110,19 @@ class Generation:
     continuous_usage: bool
     priority: int
     cache_salt: str
+    grammar: Grammar | None = None
+    """What an answer must look like. Whether it can be compiled is not known yet."""
 
 
 def check_generation(
-    fields: GenerationFields, model: ModelTraits, *, logprobs: int | None, least_max_tokens: int = 1
+    fields: GenerationFields,
+    model: ModelTraits,
+    *,
+    logprobs: int | None,
+    least_max_tokens: int = 1,
+    response_format: ResponseFormat | None = None,
 ) -> Generation:
-    """Check the shared fields of a body.
+    """Check the shared fields of a body, and ``response_format`` where an endpoint has it.
 
     Raises:
         ModelNotFound: another model is asked for than the one served.
@@ -143,7 +158,21 @@ def check_generation(
         continuous_usage=options.continuous_usage_stats or False,
         priority=_within("priority", fields.priority, 0, least=-(1 << 31), most=(1 << 31) - 1),
         cache_salt=_cache_salt(fields.cache_salt),
+        grammar=_grammar(fields, model, response_format),
     )
+
+
+def _grammar(
+    fields: GenerationFields, model: ModelTraits, response_format: ResponseFormat | None
+) -> Grammar | None:
+    grammar = read_structured_output(response_format, fields.structured_outputs)
+    if grammar is None:
+        return None
+    refuse_with_grammar(min_tokens=fields.min_tokens or 0, ignores_eos=fields.ignore_eos or False)
+    if not model.eos_token_ids:
+        text = "this model has no token that ends an answer, which structured output needs"
+        raise InvalidRequest(text, param=grammar.param)
+    return grammar
 
 
 def _cache_salt(salt: str | None) -> str:

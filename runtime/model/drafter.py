@@ -113,7 +113,8 @@ class ModelDrafter:
         able = [
             ScheduledSequence(mirror, mirror.num_tokens - mirror.num_computed_tokens)
             for mirror in mirrors
-            if self._manager.allocate(mirror, mirror.num_tokens - mirror.num_computed_tokens)
+            if mirror.num_tokens > mirror.num_computed_tokens  # its last step drew nothing
+            and self._manager.allocate(mirror, mirror.num_tokens - mirror.num_computed_tokens)
         ]
         if not able:
             return []
@@ -121,7 +122,7 @@ class ModelDrafter:
         for mirror, num_tokens, _ in able:
             mirror.num_computed_tokens += num_tokens
             drawn = draws.get(mirror.request_id)
-            if drawn is not None:
+            if isinstance(drawn, tuple):
                 mirror.token_ids.append(drawn[0].token_id)
         return [share.sequence for share in able]
 

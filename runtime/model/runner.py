@@ -12,14 +12,16 @@ nothing of queues, priorities or requests' ends: those are the scheduler's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from understudy.runtime.grammar_masks import GrammarMasks, Masks
 from understudy.runtime.model.attention import Span
 from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.noise import noise_key, signed
@@ -29,6 +31,7 @@ from understudy.runtime.model.transformer import Batch, GuessedDraws, Transforme
 from understudy.runtime.scheduling.decision import (
     Draws,
     EngineFault,
+    NoDraw,
     OutOfMemory,
     SampledToken,
     ScheduledSequence,
@@ -42,8 +45,16 @@ if TYPE_CHECKING:
 class ModelRunner:
     """Runs a model on plans, one step after another; owns the KV cache's tensors."""
 
-    def __init__(self, model: Transformer, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        num_blocks: int,
+        block_size: int,
+        grammar_masks: GrammarMasks | None = None,
+    ) -> None:
         self._model = model
+        self._grammar_masks = grammar_masks
         self._cache = KVCache(
             model.config,
             num_blocks=num_blocks,
@@ -67,6 +78,8 @@ class ModelRunner:
             return self._execute(plan)
 
     def _execute(self, plan: StepPlan) -> Draws:
+        if self._grammar_masks is not None:
+            self._grammar_masks.begin(plan.scheduled)
         logits = self.logits(plan)
         if logits is None:
             return {}
@@ -74,16 +87,27 @@ class ModelRunner:
         if len(is_finite) > 1 and not any(is_finite):
             raise EngineFault(f"no logits of {len(is_finite)} sequences are finite")
         sampled = [scheduled for scheduled in plan.scheduled if scheduled.samples]
-        rows = [row for scheduled in sampled for row in _sampling_rows(scheduled)]
+        masks: Mapping[int, Masks | NoDraw] = {}
+        if self._grammar_masks is not None:
+            masks = self._grammar_masks.collect(sampled)
+        rows = [
+            row
+            for scheduled in sampled
+            for row in _sampling_rows(scheduled, masks.get(scheduled.sequence.request_id))
+        ]
         tokens = self._sampler.sample(logits, rows)
-        draws: dict[int, tuple[SampledToken, ...]] = {}
+        draws: dict[int, tuple[SampledToken, ...] | NoDraw] = {}
         first = 0
         for sequence, _, draft in sampled:
+            allowed = masks.get(sequence.request_id)
+            # Behind a drafted token that the grammar refuses there is no mask, and nothing counts.
+            most = len(allowed) - 1 if isinstance(allowed, tuple) else len(draft)
             last = first
-            while last - first < len(draft) and tokens[last].token_id == draft[last - first]:
+            while last - first < most and tokens[last].token_id == draft[last - first]:
                 last += 1
             if all(is_finite[first : last + 1]):
-                draws[sequence.request_id] = tuple(tokens[first : last + 1])
+                drawn = tuple(tokens[first : last + 1])
+                draws[sequence.request_id] = allowed if isinstance(allowed, NoDraw) else drawn
             first += len(draft) + 1
         return draws
 
@@ -197,14 +221,17 @@ def _telling_out_of_memory() -> Iterator[None]:
         raise
 
 
-def _sampling_rows(scheduled: ScheduledSequence) -> list[SamplingRow]:
+def _sampling_rows(scheduled: ScheduledSequence, masks: Masks | NoDraw | None) -> list[SamplingRow]:
     """What the sampler must know to draw at the end of a sequence, and at the end of its draft."""
     sequence = scheduled.sequence
     params, num_prompt_tokens = sequence.params, sequence.num_prompt_tokens
-    rows = [SamplingRow(params, sequence.token_ids, num_prompt_tokens)]
-    for length in range(1, len(scheduled.draft) + 1):
-        token_ids = [*sequence.token_ids, *scheduled.draft[:length]]
-        rows.append(SamplingRow(params, token_ids, num_prompt_tokens))
+    known: Masks = masks if isinstance(masks, tuple) else ()
+    rows = []
+    for length, mask in zip_longest(range(len(scheduled.draft) + 1), known):
+        token_ids: list[int] = sequence.token_ids
+        if length:
+            token_ids = [*token_ids, *scheduled.draft[:length]]
+        rows.append(SamplingRow(params, token_ids, num_prompt_tokens, mask))
     return rows
 
 

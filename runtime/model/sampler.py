@@ -1,8 +1,9 @@
 """From logits to tokens, each row by its own request's parameters.
 
 The order of things, for one row: log-probabilities are taken from the raw logits; penalties, then
-logit bias, then forbidden stop tokens change the logits; temperature divides them; top-k, top-p and
-min-p, in this order, keep a set of the likeliest; Gumbel noise decides (see ``noise``).
+logit bias change the logits, and stop tokens and what a grammar does not allow are forbidden;
+temperature divides them; top-k, top-p and min-p, in this order, keep a set of the likeliest; Gumbel
+noise decides (see ``noise``).
 
 Rows pay only for what their request asks. The vocabulary is never sorted in the common case: a set
 of the likeliest is found among some candidates, with proof that nothing outside belongs to it, and
@@ -16,6 +17,7 @@ import math
 from collections.abc import Sequence as Rows
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
 from torch import Tensor
@@ -44,6 +46,8 @@ class SamplingRow(NamedTuple):
     token_ids: Rows[int]
     """Prompt, then output."""
     num_prompt_tokens: int
+    mask: bytes | None = None
+    """What its grammar allows: a bit for each token, the lowest of each byte first."""
 
     @property
     def position(self) -> int:
@@ -83,6 +87,9 @@ class Sampler:
         self._token_ids = torch.arange(vocab_size, device=device)
         self._has_kernels = has_kernels(device)
         self._library = native_library(device, torch.float32)
+        bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+        self._mask_octets = torch.where(bits == 1, 0.0, -math.inf)
+        """What each octet of a mask adds to its eight tokens."""
 
     def are_finite(self, logits: Tensor) -> list[bool]:
         """Whether the numbers of each row of ``logits``, but for forbidden ones, are finite."""
@@ -104,6 +111,7 @@ class Sampler:
         raw = logits[reported].log_softmax(dim=1) if reported else None
         for index, row in enumerate(rows):
             self._adjust(logits[index], row)
+        self._forbid_masked(logits, rows)
         tokens = self._draw(logits, rows)
         if raw is None:
             return [SampledToken(token) for token in tokens]
@@ -130,10 +138,26 @@ class Sampler:
         if biases:
             ids = torch.tensor([i for i, _ in biases], device=self._device)
             logits[ids] += torch.tensor([bias for _, bias in biases], device=self._device)
-        if row.position < params.min_tokens:
+        # A grammar may allow nothing but the end, and then nothing else can be drawn.
+        if row.position < params.min_tokens and row.mask is None:
             forbidden = [i for i in params.stop_token_ids if 0 <= i < self._vocab_size]
             if forbidden:
                 logits[torch.tensor(forbidden, device=self._device)] = -math.inf
+
+    def _forbid_masked(self, logits: Tensor, rows: Rows[SamplingRow]) -> None:
+        """Forbid what the rows' grammars do not allow, in place; tokens without a bit, too."""
+        masks = [(index, row.mask) for index, row in enumerate(rows) if row.mask is not None]
+        if not masks:
+            return
+        # Masks travel as bits, and together; eight tokens at a time become what is added to them.
+        width = -(-self._vocab_size // 8)
+        packed = np.zeros((len(masks), width), dtype=np.uint8)
+        for place, (_, mask) in enumerate(masks):
+            packed[place, : len(mask)] = np.frombuffer(mask, dtype=np.uint8)[:width]
+        octets = torch.from_numpy(packed).to(self._device).to(torch.int32).view(-1)
+        added = self._mask_octets.index_select(0, octets).view(len(masks), -1)
+        index = torch.tensor([index for index, _ in masks], device=self._device)
+        logits.index_add_(0, index, added[:, : self._vocab_size])
 
     def _draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
         if self._has_kernels:

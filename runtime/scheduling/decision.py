@@ -7,6 +7,7 @@ of queues.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum, auto
 from typing import NamedTuple, Protocol, TypeAlias
 
 from understudy.protocol.request import TokenLogprobs
@@ -67,7 +68,16 @@ class SampledToken(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
-Draws: TypeAlias = Mapping[int, tuple[SampledToken, ...]]
+class NoDraw(Enum):
+    """Why nothing was drawn for a sequence that samples."""
+
+    WAITING = auto()
+    """What its grammar allows is not known yet. Its last token is to be computed again."""
+    REFUSED = auto()
+    """Its grammar cannot be followed any further."""
+
+
+Draws: TypeAlias = Mapping[int, tuple[SampledToken, ...] | NoDraw]
 """What a step drew, by request id: a token, and one more for each drafted token that it equals."""
 
 

@@ -45,7 +45,13 @@ from typing import Final
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
-from understudy.runtime.scheduling.decision import Draws, SampledToken, ScheduledSequence, StepPlan
+from understudy.runtime.scheduling.decision import (
+    Draws,
+    NoDraw,
+    SampledToken,
+    ScheduledSequence,
+    StepPlan,
+)
 from understudy.runtime.scheduling.preemption import preempt_last, urgency
 from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
 
@@ -213,9 +219,12 @@ class Scheduler:
         for sequence, num_tokens, draft in plan.scheduled:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # cancelled or replaced while the step ran
+            drawn = draws.get(sequence.request_id)
             sequence.num_computed_tokens += num_tokens - len(draft)
-            if sequence.num_computed_tokens == sequence.num_tokens:
-                rows.append(self._take(sequence, draws.get(sequence.request_id)))
+            if drawn is NoDraw.WAITING:
+                sequence.num_computed_tokens -= 1  # the next step draws behind the same token
+            elif sequence.num_computed_tokens == sequence.num_tokens:
+                rows.append(self._take(sequence, drawn))
         self._kv_cache_manager.settle()
         return rows
 
@@ -359,13 +368,17 @@ class Scheduler:
             self._steps_since_shed = 0
             self._budget = min(2 * self._budget, self._config.max_num_batched_tokens)
 
-    def _take(self, sequence: Sequence, drawn: tuple[SampledToken, ...] | None) -> TokenRow:
+    def _take(
+        self, sequence: Sequence, drawn: tuple[SampledToken, ...] | NoDraw | None
+    ) -> TokenRow:
         """Take in draws; a sequence that got none has numbers that are not finite, and ends."""
-        if drawn is not None:
+        if isinstance(drawn, tuple):
             return self._append(sequence, drawn)
-        self._kv_cache_manager.discard(sequence)
+        if drawn is None:
+            self._kv_cache_manager.discard(sequence)
         self._remove(sequence)
-        return _token_row(sequence, FinishReason.ERROR)
+        finish = FinishReason.ERROR if drawn is None else FinishReason.REFUSED
+        return _token_row(sequence, finish)
 
     def _append(self, sequence: Sequence, drawn: tuple[SampledToken, ...]) -> TokenRow:
         """Give a sequence its next tokens, and let it go if the last of them is among them."""

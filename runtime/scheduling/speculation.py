@@ -156,7 +156,7 @@ class Speculator:
             self._costs.step.note(len(plan.scheduled), plan.num_tokens, seconds)
         for sequence, _, draft in plan.scheduled:
             drawn = draws.get(sequence.request_id)
-            if draft and drawn is not None:
+            if draft and isinstance(drawn, tuple):
                 self._learn(sequence.request_id, len(draft), len(drawn) - 1)
 
     def _learn(self, request_id: int, num_drafted: int, num_accepted: int) -> None:

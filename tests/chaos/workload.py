@@ -16,10 +16,24 @@ _STARTS: Final = (
     'print(f"',
 )
 _STOPS: Final = (["\n\n"], ["return", "self."], [")"], ["e"])
+_FORMS: Final[tuple[dict[str, Any], ...]] = (
+    {
+        "json": {
+            "type": "object",
+            "properties": {
+                "the name of the function": {"type": "string"},
+                "its arguments": {"type": "array", "items": {"enum": ["self", "path", "größe"]}},
+            },
+            "required": ["the name of the function", "its arguments"],
+        }
+    },
+    {"regex": "[a-z]{3,60}(\\.[a-z]{1,9}){0,5}"},
+    {"grammar": 'start: "[" word (", " word)* "]"\nword: /[a-z]{1,9}/ | start'},
+)
 
 
 def mixed_calls(count: int, *, seed: int, max_tokens: int) -> list[Call]:
-    """Greedy and sampled, completions and chats, with stop strings, n = 2, logprobs, penalties."""
+    """Greedy and sampled, with stop strings, n = 2, logprobs, penalties, in a form of their own."""
     source = random.Random(seed)
     return [_mixed_call(source, max_tokens) for _ in range(count)]
 
@@ -67,6 +81,8 @@ def _mixed_call(source: random.Random, max_tokens: int) -> Call:
         body["logit_bias"] = {str(source.randrange(3, 4000)): source.uniform(-5, 5)}
     if source.random() < 0.7:
         body["ignore_eos"] = True
+    elif source.random() < 0.5:
+        body["structured_outputs"] = source.choice(_FORMS)
     is_chat = source.random() < 0.3
     if source.random() < 0.3:
         body |= {"logprobs": True, "top_logprobs": 2} if is_chat else {"logprobs": 2}

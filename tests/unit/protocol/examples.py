@@ -64,6 +64,7 @@ PARAMS = SamplingParams(
     logit_bias=((7, -2.0), (8, 100.0)),
     stop_token_ids=(1, 2),
     logprobs=2,
+    grammar="start: /a+/",
 )
 REQUEST = Request(
     request_id=2**63 - 1,

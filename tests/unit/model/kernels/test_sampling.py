@@ -56,6 +56,18 @@ def test_tokens_are_the_plain_samplers(vocab_size: int, has_ties: bool) -> None:
     assert draw_tokens(logits, draws_of(rows)).tolist() == expected
 
 
+@pytest.mark.parametrize("num_allowed", [1, 2, 9])
+def test_rows_that_may_draw_only_a_few_tokens_draw_those(num_allowed: int) -> None:
+    vocab_size = 300
+    logits = torch.randn(8, vocab_size, generator=torch.Generator().manual_seed(3)) * 3
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(4))
+    logits[:, order[num_allowed:]] = -torch.inf
+    rows = [SamplingRow(params_of(index), [1, 2, 3], 1) for index in range(8)]
+    expected = [each.token_id for each in Sampler(vocab_size, CPU).sample(logits.clone(), rows)]
+    assert draw_tokens(logits, draws_of(rows)).tolist() == expected
+    assert set(expected) <= set(order[:num_allowed].tolist())
+
+
 def test_a_broken_row_gives_some_token_and_spoils_no_other() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
     rows = [SamplingRow(SamplingParams(index, 9, top_k=5), [1], 1) for index in range(3)]
