@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from understudy.runtime.model.transformer import LayerWeights
 
 _POSITIONS_MIN: Final = 1024
+_KEPT_BYTES_MAX: Final = 64 << 20
 _ALIGNED: Final = 16
 """Numbers of 64 bytes."""
 
@@ -46,6 +47,7 @@ class NativeLayers:
         self._layers = (Layer * len(layers))(*map(_told, layers))
         self._rope = rope
         self._rotation = rope.table(_POSITIONS_MIN)
+        self._memory = torch.empty(0)
         self._cache: weakref.ref[KVCache] | None = None
         inner = self._layers[0].down.inputs
         hidden, attended = config.hidden_size, config.num_heads * config.head_dim
@@ -66,7 +68,7 @@ class NativeLayers:
         """Compute ``hidden`` ``[rows, hidden_size]`` in place; fills the cache on the way."""
         self._bind(cache)
         rows = self._rows(positions, slots, plan.num_positions, num_rows=len(hidden))
-        memory = self._memory(len(hidden))
+        memory = self._memory_for(len(hidden))
         self._functions.run_layers(
             *(hidden.data_ptr(), self._layers, len(self._layers), ctypes.byref(self._heads)),
             *(ctypes.byref(rows), ctypes.byref(plan.spans), memory.data_ptr()),
@@ -90,7 +92,7 @@ class NativeLayers:
         num_rows = len(token_ids)
         num_positions = plan.num_positions + guessing.depth
         rows = self._rows(positions, slots, num_positions, num_rows=num_rows)
-        memory, hidden = self._memory(num_rows), torch.empty(num_rows, self._widths[0])
+        memory, hidden = self._memory_for(num_rows), torch.empty(num_rows, self._widths[0])
         logits = torch.empty(plan.spans.count, guessing.head.outputs)
         self._functions.guess(
             *(token_ids.data_ptr(), self._layers, len(self._layers), ctypes.byref(self._heads)),
@@ -109,9 +111,15 @@ class NativeLayers:
             sines=rotation.sines.data_ptr(),
         )
 
-    def _memory(self, num_rows: int) -> Tensor:
-        sizes = (-(-num_rows * width // _ALIGNED) * _ALIGNED for width in self._widths)
-        return torch.empty(sum(sizes))
+    def _memory_for(self, num_rows: int) -> Tensor:
+        """Room for what a step makes on its way; what is not large is kept for the next one."""
+        size = sum(-(-num_rows * width // _ALIGNED) * _ALIGNED for width in self._widths)
+        if size <= len(self._memory):
+            return self._memory
+        memory = torch.empty(size)
+        if memory.nbytes <= _KEPT_BYTES_MAX:
+            self._memory = memory
+        return memory
 
     def _bind(self, cache: KVCache) -> None:
         """Tell the kernels where the cache is, once for each cache."""

@@ -29,7 +29,7 @@ from understudy.runtime.log import get_logger
 from understudy.runtime.model.native.structures import FLOAT, LONG, POINTER
 
 _SOURCES: Final = (
-    *("products.cpp", "packing.cpp", "layer.cpp"),
+    *("memory.cpp", "products.cpp", "packing.cpp", "layer.cpp"),
     *("attention.cpp", "layers.cpp", "sampling.cpp"),
 )
 _HEADERS: Final = ("kernels.h", "simd.h")
@@ -51,6 +51,7 @@ _SIGNATURES: Final = {
     "pack_brain": (POINTER, POINTER, LONG, LONG),
     "pack_int8": (POINTER, POINTER, POINTER, LONG, LONG),
     "quantize_int8": (POINTER, _INT, POINTER, POINTER, LONG, LONG),
+    "keep_memory": (),
     "use_large_pages": (POINTER, LONG),
     "add_and_normalise": (POINTER, POINTER, POINTER, POINTER, LONG, LONG, FLOAT),
     "silu_and_multiply": (POINTER, POINTER, LONG, LONG),
@@ -109,6 +110,7 @@ def _library() -> Library | None:
         function = getattr(functions, name)
         function.argtypes = arguments
         function.restype = None
+    functions.keep_memory()
     return Library(functions, _digest(_sources(), _FLAGS)[:8])
 
 

@@ -4,8 +4,6 @@
 // become 16 pieces of a panel. Of float32 a unit is a number, of bfloat16 those of outputs i and
 // i + 16, of 8-bit integers four numbers of one output.
 
-#include <sys/mman.h>
-
 #include "kernels.h"
 #include "simd.h"
 
@@ -66,14 +64,6 @@ float quantize(const Number* weight, int8_t* values, long inputs) {
 }  // namespace
 
 extern "C" {
-
-// Asks for large pages: there are fewer to be filled with zeros first, and to be looked up later.
-void use_large_pages(char* memory, long bytes) {
-    constexpr uintptr_t page = 2 << 20;
-    const auto from = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-    const auto to = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-}
 
 void pack_float(const float* weight, float* panels, long inputs, long outputs) {
     for_panels(outputs, [&](long panel) {

@@ -70,6 +70,33 @@ Float16x noise_at(long at, __m512i key) {
                         noise_bits(_mm512_add_epi64(_mm512_mullo_epi64(high, golden), key)));
 }
 
+// The greatest of many numbers, and the first place where it is; 0 if none is a number.
+class Best {
+   public:
+    // 16 numbers from place `at` on.
+    void meet(Float16x numbers, Mask lanes, long at) {
+        const Mask greater = _mm512_mask_cmp_ps_mask(lanes, numbers, values_, _CMP_GT_OQ);
+        const Int16x here = _mm512_set1_epi32(static_cast<int>(at));
+        values_ = _mm512_mask_mov_ps(values_, greater, numbers);
+        starts_ = _mm512_mask_mov_epi32(starts_, greater, here);
+    }
+
+    float value() const { return _mm512_reduce_max_ps(values_); }
+
+    long place() const {
+        const Int16x lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const float most = value();
+        if (most == LEAST) return 0;
+        const Mask winners = _mm512_cmp_ps_mask(values_, all(most), _CMP_EQ_OQ);
+        return _mm512_mask_reduce_min_epi32(winners, _mm512_add_epi32(starts_, lane));
+    }
+
+   private:
+    static constexpr float LEAST = -std::numeric_limits<float>::infinity();
+    Float16x values_ = all(LEAST);
+    Int16x starts_ = _mm512_setzero_si512();
+};
+
 // As `_Draw` in sampling.py has it.
 struct Draw {
     int64_t row;
@@ -119,26 +146,16 @@ void likeliest(const float* logits, float* values, int64_t* ids, long rows, long
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (long row = 0; row < rows; row++) {
         const float* x = logits + row * width;
-        Float16x most = all(-std::numeric_limits<float>::infinity());
+        Best best;
         Mask unordered = 0;
         for (long at = 0; at < width; at += LANES) {
             const Mask lanes = first_lanes(width - at);
             const Float16x part = load(x + at, lanes);
             unordered |= _mm512_cmp_ps_mask(part, part, _CMP_UNORD_Q);
-            most = _mm512_mask_max_ps(most, lanes, most, part);
+            best.meet(part, lanes, at);
         }
-        const float value = _mm512_reduce_max_ps(most);
-        values[row] = unordered ? std::numeric_limits<float>::quiet_NaN() : value;
-        ids[row] = 0;
-        for (long at = 0; at < width; at += LANES) {
-            const Mask lanes = first_lanes(width - at);
-            const Mask here = _mm512_mask_cmp_ps_mask(lanes, load(x + at, lanes), all(value),
-                                                      _CMP_EQ_OQ);
-            if (here) {
-                ids[row] = at + __builtin_ctz(here);
-                break;
-            }
-        }
+        values[row] = unordered ? std::numeric_limits<float>::quiet_NaN() : best.value();
+        ids[row] = best.place();
     }
 }
 
@@ -151,21 +168,14 @@ void nearly_draw(const float* logits, long rows, long width, const float* invers
         const bool is_drawn = inverse_temperatures[row] > 0.0f;
         const Float16x factor = all(is_drawn ? inverse_temperatures[row] : 1.0f);
         const __m512i key = _mm512_set1_epi64(keys[row]);
-        Float16x best = all(-std::numeric_limits<float>::infinity());
-        Int16x places = _mm512_setzero_si512();
-        const Int16x first = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        Best best;
         for (long at = 0; at < width; at += LANES) {
             const Mask lanes = first_lanes(width - at);
             Float16x score = _mm512_mul_ps(load(x + at, lanes), factor);
             if (is_drawn) score = _mm512_add_ps(score, noise_at(at, key));
-            const Mask is_better = _mm512_mask_cmp_ps_mask(lanes, score, best, _CMP_GT_OQ);
-            best = _mm512_mask_mov_ps(best, is_better, score);
-            const Int16x here = _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int>(at)));
-            places = _mm512_mask_mov_epi32(places, is_better, here);
+            best.meet(score, lanes, at);
         }
-        const Mask winners =
-            _mm512_cmp_ps_mask(best, all(_mm512_reduce_max_ps(best)), _CMP_EQ_OQ);
-        ids[row] = _mm512_mask_reduce_min_epi32(winners ? winners : 1, places);
+        ids[row] = best.place();
     }
 }
 
