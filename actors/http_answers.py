@@ -22,12 +22,22 @@ from understudy.actors.http_choices import (
     OpenRequests,
     RequestPort,
 )
+from understudy.actors.http_parsed_streams import ParsedChoice
 from understudy.actors.http_streams import EventStream
-from understudy.protocol.errors import Unavailable
+from understudy.protocol.errors import RequestError, Unavailable
 from understudy.protocol.openai import chat, completions
-from understudy.protocol.openai.answer import DONE, ChunkEncoder, Heading, usage, usage_event
+from understudy.protocol.openai.answer import (
+    DONE,
+    ChunkEncoder,
+    Heading,
+    error_event,
+    usage,
+    usage_event,
+)
+from understudy.protocol.openai.chat_deltas import ChatDeltaEncoder
 from understudy.protocol.openai.presentation import Presentation
 from understudy.protocol.openai.stream_ids import EventIds
+from understudy.protocol.openai.streamed import DeltaEncoder
 from understudy.protocol.request import Request
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.served_model import ServedModel
@@ -54,12 +64,22 @@ class Endpoint(NamedTuple):
     id_prefix: str
     chunk_kind: str
     respond: Callable[..., dict[str, Any]]
-    make_encoder: Callable[..., ChunkEncoder]
+    make_encoder: Callable[..., ChunkEncoder] | None = None
+    """Of plain text."""
+    make_delta_encoder: Callable[..., DeltaEncoder] | None = None
+    """Of text that is taken apart."""
+    shape_error: Callable[[RequestError], bytes] = error_event
 
 
 ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
     {
-        "chat": Endpoint("chatcmpl", chat.CHUNK_KIND, chat.chat_response, chat.chat_chunk_encoder),
+        "chat": Endpoint(
+            "chatcmpl",
+            chat.CHUNK_KIND,
+            chat.chat_response,
+            chat.chat_chunk_encoder,
+            ChatDeltaEncoder,
+        ),
         "completions": Endpoint(
             "cmpl",
             completions.CHUNK_KIND,
@@ -101,7 +121,14 @@ class Call:
         """What all objects of the answer begin with."""
         answer_id = f"{self.endpoint.id_prefix}-{self.requests[0].group_id:016x}"
         first = self.first
-        return Heading(answer_id, first.created, first.model, first.system_fingerprint)
+        return Heading(
+            answer_id,
+            first.created,
+            first.model,
+            first.system_fingerprint,
+            repeated=first.repeated,
+            has_short_ids=first.tool_parser == "mistral",
+        )
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -223,12 +250,17 @@ class Answers:
             headers={STREAM_ID_HEADER: heading.answer_id, **_ignored_header(call.ignored)},
             keep_alive_s=self._limits.keep_alive_s,
             write_timeout_s=self._limits.write_timeout_s,
+            shape_error=endpoint.shape_error,
         )
         has_usage = shown.include_usage or shown.continuous_usage
         outputs = self._outputs(call)
         event_ids = EventIds(call.requests[0].group_id, call.positions or [0] * len(call.requests))
         sinks = []
         for output, echo in zip(outputs, call.echoes, strict=True):
+            if output.is_parsed:
+                sinks.append(stream.add_sink(_parsed_choice(call, output, event_ids, stream)))
+                continue
+            assert endpoint.make_encoder is not None
             encoder = endpoint.make_encoder(heading, event_ids, output.index, has_usage=has_usage)
             sinks.append(stream.add(output, echo, encoder, reports_usage=shown.continuous_usage))
 
@@ -267,6 +299,24 @@ class Answers:
                 open_requests.submit(output, sink, now)
             else:
                 open_requests.join(output, sink)
+
+
+def _parsed_choice(
+    call: Call, output: ChoiceOutput, event_ids: EventIds, stream: EventStream
+) -> ParsedChoice:
+    """The sink of a choice whose text is taken apart."""
+    shown = call.first
+    assert call.endpoint.make_delta_encoder is not None
+    encoder = call.endpoint.make_delta_encoder(
+        call.heading,
+        event_ids,
+        output.index,
+        request_id=output.request.request_id,
+        has_usage=shown.include_usage or shown.continuous_usage,
+        reports_usage=shown.continuous_usage,
+        is_joined=output.is_replaying,
+    )
+    return ParsedChoice(output, encoder, stream)
 
 
 def json_response(

@@ -14,10 +14,12 @@ from understudy.actors.gateway import Sink
 from understudy.protocol.errors import NotFound, RequestError
 from understudy.protocol.messages import ClusterState, Found
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
+from understudy.protocol.openai.deltas import Delta, put_together
 from understudy.protocol.openai.logprobs import TokenLogprob, spell_logprobs
 from understudy.protocol.openai.presentation import Presentation
 from understudy.protocol.request import FinishReason, Request, TokenRow
 from understudy.runtime.detokenizer import Detokenizer
+from understudy.runtime.parsers.output_parser import OutputParser, marks_of
 from understudy.runtime.tokenizer import Tokenizer
 
 
@@ -118,7 +120,7 @@ class OpenRequests:
         """Let what has not ended go on without the client, who may come back for it."""
         left, self._open = self._open, {}
         for request_id, (output, sink) in left.items():
-            if output.has_stop_strings:
+            if output.may_end_early:
                 unattended = _Unattended(output, self._port, self._wake)
                 self._port.attach(request_id, unattended, output.num_tokens)
             self._port.leave(request_id, sink)
@@ -147,6 +149,7 @@ class _Unattended:
         """See ``Sink``."""
         self._output.advance(row)
         self._output.take_logprobs()
+        self._output.take_deltas()
         if self._output.is_over and not row.finish:
             self._port.cancel(row.request_id, self)
             self._wake()
@@ -172,18 +175,22 @@ class ChoiceOutput:
         finish_reason: OpenAI's word for the end, once it is reached.
         error: What it is told as, if the end is none that OpenAI has a word for.
         logprobs: Of tokens not yet told to the client; ``None`` if it did not ask.
-        has_stop_strings: Whether the text may end before the request does.
+        may_end_early: Whether the text may end before the request does.
+        is_parsed: Whether the text is taken apart: then ``take_deltas`` tells it, not ``advance``.
     """
 
     __slots__ = (
         "_delivered",
+        "_deltas",
         "_detokenizer",
+        "_parser",
         "_tokenizer",
         "error",
         "finish_reason",
-        "has_stop_strings",
         "index",
+        "is_parsed",
         "logprobs",
+        "may_end_early",
         "num_cached_tokens",
         "num_tokens",
         "request",
@@ -199,7 +206,8 @@ class ChoiceOutput:
     ) -> None:
         self.request = request
         self.index = presentation.index
-        self.has_stop_strings = bool(presentation.stop)
+        self.may_end_early = bool(presentation.stop or presentation.calls_max)
+        self.is_parsed = presentation.is_parsed
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
@@ -213,7 +221,13 @@ class ChoiceOutput:
             stop=presentation.stop,
             include_stop=presentation.include_stop,
             min_tokens=request.params.min_tokens,
+            marks=marks_of(
+                tool_parser=presentation.tool_parser,
+                reasoning_parser=presentation.reasoning_parser,
+            ),
         )
+        self._parser = OutputParser(presentation) if self.is_parsed else None
+        self._deltas: list[Delta] = []
 
     @property
     def is_over(self) -> bool:
@@ -241,6 +255,7 @@ class ChoiceOutput:
             known = known._replace(finish=0)
         self.advance(known)
         self.take_logprobs()
+        self.take_deltas()
         has_ended = self.is_over or (row.finish and not rest.tokens)
         if has_ended and self.is_replaying:
             self.finish_reason = None
@@ -261,6 +276,42 @@ class ChoiceOutput:
     def advance(self, row: TokenRow) -> str:
         """Take in a row; give the text that it adds."""
         self.num_cached_tokens = self.num_cached_tokens or row.num_cached_tokens
+        if self._parser is not None:
+            self._advance_parsed(row, self._parser)
+            return ""
+        return self._advance(row)
+
+    def take_deltas(self) -> list[Delta]:
+        """What the text means, since the last call. Each piece is from one token."""
+        taken, self._deltas = self._deltas, []
+        return taken
+
+    def _advance_parsed(self, row: TokenRow, parser: OutputParser) -> None:
+        """The same token by token, so that the pieces do not depend on how tokens came.
+
+        That a last token is the last is told behind it: it may come with its token, or later.
+        """
+        ends_later = row.finish != FinishReason.STOP
+        last = len(row.tokens) - 1
+        for place in range(len(row.tokens)):
+            single = row._replace(
+                tokens=row.tokens[place : place + 1],
+                logprobs=row.logprobs[place : place + 1],
+                finish=0 if ends_later or place < last else row.finish,
+            )
+            self._deltas += parser.push(self._advance(single))
+            if parser.is_stopped and not self.is_over:
+                self.finish_reason = "stop"
+            if self.is_over:
+                break
+        if row.finish and not self.is_over:
+            self._deltas += parser.push(self._advance(row._replace(tokens=(), logprobs=())))
+        if self.finish_reason is not None:
+            self._deltas += parser.finish()
+            if self.finish_reason == "stop" and parser.num_calls:
+                self.finish_reason = "tool_calls"
+
+    def _advance(self, row: TokenRow) -> str:
         if self.logprobs is not None and row.logprobs:
             return self._advance_with_logprobs(row, self.logprobs)
         text, num_tokens, is_stopped = self._detokenizer.push(row.tokens, row.finish)
@@ -316,11 +367,13 @@ class _CollectedChoice:
     def __init__(self, output: ChoiceOutput, text: str, collection: CollectedAnswer) -> None:
         self.output = output
         self._texts = [text]
+        self._deltas: list[Delta] = []
         self._collection = collection
 
     def deliver(self, row: TokenRow, engine: str) -> None:  # noqa: ARG002
         """See ``Sink``."""
         self._texts.append(self.output.advance(row))
+        self._deltas += self.output.take_deltas()
         if self.output.is_over:
             self._collection.choice_over(self.output, has_ended=bool(row.finish))
 
@@ -333,12 +386,16 @@ class _CollectedChoice:
         """The complete choice."""
         output = self.output
         assert output.finish_reason is not None
+        parsed = put_together(self._deltas)
         return Answer(
             index=output.index,
-            text="".join(self._texts),
+            text=parsed.content if output.is_parsed else "".join(self._texts),
             num_tokens=output.num_tokens,
             finish_reason=output.finish_reason,
             logprobs=output.logprobs,
+            reasoning=parsed.reasoning,
+            calls=parsed.calls,
+            request_id=output.request.request_id,
         )
 
 

@@ -54,6 +54,8 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    grammar: str = ""
+    """A grammar for llguidance that the output must follow; empty: any output will do."""
 
 
 @dataclass(frozen=True, slots=True)

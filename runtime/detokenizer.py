@@ -81,6 +81,7 @@ class Detokenizer:
         stop: Strings at which the text ends.
         include_stop: Whether the stop string, or the stop token, is itself part of the text.
         min_tokens: Stop strings are looked for behind so many tokens.
+        marks: Special tokens that the text shows.
 
     Attributes:
         num_characters: The length of the text of all tokens so far, given out or held back. A
@@ -107,8 +108,9 @@ class Detokenizer:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        marks: frozenset[str] = frozenset(),
     ) -> None:
-        self._pieces: Mapping[int, str | bytes] = tokenizer.pieces
+        self._pieces: Mapping[int, str | bytes] = tokenizer.pieces_showing(marks)
         self._drops_space = tokenizer.drops_first_space and not any(
             self._pieces[token] for token in prompt
         )

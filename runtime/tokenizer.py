@@ -90,6 +90,7 @@ class Tokenizer:
         self._is_byte_level, self.drops_first_space = _spelling(file.decoder)
         self._letters = _byte_alphabet() if self._is_byte_level else {}
         self.pieces = TokenPieces(self.spell, self.special_ids)
+        self._pieces_showing: dict[frozenset[str], TokenPieces] = {frozenset(): self.pieces}
         self._characters_per_token_max = self._longest_reach(file.normalizer)
 
     @classmethod
@@ -153,6 +154,20 @@ class Tokenizer:
             except ValueError:
                 return token.encode()
         return token.replace(_SPACE_MARK, " ").encode()
+
+    def special_marks(self, marks: Iterable[str]) -> dict[str, int]:
+        """Those of the marks that are special tokens, and their ids."""
+        ids = {mark: self._backend.token_to_id(mark) for mark in marks}
+        return {mark: number for mark, number in ids.items() if number in self.special_ids}
+
+    def pieces_showing(self, marks: frozenset[str]) -> TokenPieces:
+        """What each token adds to a text in which these special tokens are spelled out."""
+        pieces = self._pieces_showing.get(marks)
+        if pieces is None:
+            shown = self.special_marks(marks).values()
+            pieces = TokenPieces(self.spell, self.special_ids - {*shown})
+            self._pieces_showing[marks] = pieces
+        return pieces
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

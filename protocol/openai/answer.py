@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from understudy.protocol.errors import InternalError, RequestError, Unavailable
+from understudy.protocol.openai.deltas import ToolCallText
 from understudy.protocol.openai.logprobs import TokenLogprob
 from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.request import FinishReason
@@ -36,6 +37,10 @@ class Answer:
     num_tokens: int
     finish_reason: str
     logprobs: Sequence[TokenLogprob] | None
+    reasoning: str = ""
+    calls: Sequence[ToolCallText] = ()
+    request_id: int = 0
+    """Names the calls: see ``call_id``."""
 
 
 class Heading(NamedTuple):
@@ -47,6 +52,10 @@ class Heading(NamedTuple):
     model: str
     system_fingerprint: str = ""
     """Changes when what computes answers changes, and with it perhaps what the same seed gives."""
+    repeated: bytes = b""
+    """What the answer says again of its request, in its endpoint's JSON."""
+    has_short_ids: bool = False
+    """Whether calls of tools have the names that Mistral's templates take."""
 
     def fields(self, kind: str) -> dict[str, Any]:
         """The heading as the first fields of an object."""

@@ -80,6 +80,15 @@ class ModelTraits:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    tool_parser: str = ""
+    """The format in which the model calls tools; empty: it is not known."""
+    reasoning_parser: str = ""
+    """The format in which it thinks before it answers; empty: it does not, or nobody minds."""
+    mark_ids: tuple[tuple[str, int], ...] = ()
+    """Those marks of these formats that are special tokens, which text cannot spell."""
+    enforces_grammars: bool = False
+    """Whether engines follow ``SamplingParams.grammar``. Without it no answer can be forced to be
+    a call."""
 
 
 @dataclass(frozen=True, slots=True)

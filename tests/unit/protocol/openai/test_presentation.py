@@ -72,8 +72,8 @@ def test_a_damaged_presentation_is_refused_or_still_one(position: int, value: in
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
-        {"endpoint": "messages"},
+        {"version": 3},
+        {"endpoint": "other"},
         {"created": -1},
         {"index": 2},
         {"index": -1},
