@@ -21,6 +21,7 @@ from understudy.protocol.messages import (
     ClusterState,
     Deliver,
     Duplicate,
+    EndGroup,
     Failed,
     Found,
     HeldRequest,
@@ -174,6 +175,13 @@ class Gateway:
             search = self._seekers[group_id, tenant] = _Search(now + HOPE_S)
             self._send(Lookup(group_id, tenant))
         search.found.append(found)
+
+    def end_group(self, group_id: int, tenant: str, *, is_forgotten: bool = False) -> None:
+        """End a call for all who listen; perhaps have it forgotten.
+
+        Without a session nothing happens: who asks looks afterwards.
+        """
+        self._send(EndGroup(group_id, tenant, is_forgotten))
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:
         """Have ``tell`` called with true once an engine serves, or with false if hope is gone.

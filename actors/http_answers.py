@@ -7,7 +7,7 @@ makes no difference which gateway answers, and whether it is the one that submit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -24,7 +24,8 @@ from understudy.actors.http_choices import (
 )
 from understudy.actors.http_parsed_streams import ParsedChoice
 from understudy.actors.http_streams import EventStream
-from understudy.protocol.errors import RequestError, Unavailable
+from understudy.protocol.anthropic.events import MessageEncoder, message_object
+from understudy.protocol.errors import Unavailable
 from understudy.protocol.openai import chat, completions
 from understudy.protocol.openai.answer import (
     DONE,
@@ -36,6 +37,7 @@ from understudy.protocol.openai.answer import (
 )
 from understudy.protocol.openai.chat_deltas import ChatDeltaEncoder
 from understudy.protocol.openai.presentation import Presentation
+from understudy.protocol.openai.response_events import ResponseEncoder, response_object
 from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.openai.streamed import DeltaEncoder
 from understudy.protocol.request import Request
@@ -43,6 +45,7 @@ from understudy.runtime.kit.clock import Clock
 from understudy.runtime.served_model import ServedModel
 
 STOPPING: Final = "the gateway is stopping"
+LOOK_S: Final = 30.0
 STREAM_ID_HEADER: Final = "X-Stream-Id"
 
 
@@ -68,7 +71,8 @@ class Endpoint(NamedTuple):
     """Of plain text."""
     make_delta_encoder: Callable[..., DeltaEncoder] | None = None
     """Of text that is taken apart."""
-    shape_error: Callable[[RequestError], bytes] = error_event
+    id_separator: str = "-"
+    ends_with_done: bool = True
 
 
 ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
@@ -79,6 +83,22 @@ ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
             chat.chat_response,
             chat.chat_chunk_encoder,
             ChatDeltaEncoder,
+        ),
+        "responses": Endpoint(
+            "resp",
+            "response",
+            response_object,
+            make_delta_encoder=ResponseEncoder,
+            id_separator="_",
+            ends_with_done=False,
+        ),
+        "messages": Endpoint(
+            "msg",
+            "message",
+            message_object,
+            make_delta_encoder=MessageEncoder,
+            id_separator="_",
+            ends_with_done=False,
         ),
         "completions": Endpoint(
             "cmpl",
@@ -105,6 +125,8 @@ class Call:
     """Fields of the body that did not matter."""
     positions: Sequence[int] | None = None
     """What the client of a stream that is joined has of each choice; ``None``: a new call."""
+    make_delta_encoder: Callable[..., DeltaEncoder] | None = None
+    """What shapes this call's stream, if not what shapes all of its endpoint's."""
 
     @property
     def first(self) -> Presentation:
@@ -119,7 +141,9 @@ class Call:
     @property
     def heading(self) -> Heading:
         """What all objects of the answer begin with."""
-        answer_id = f"{self.endpoint.id_prefix}-{self.requests[0].group_id:016x}"
+        endpoint = self.endpoint
+        group_id = self.requests[0].group_id
+        answer_id = f"{endpoint.id_prefix}{endpoint.id_separator}{group_id:016x}"
         first = self.first
         return Heading(
             answer_id,
@@ -199,13 +223,54 @@ class Answers:
                 return await self._stream(http_request, call, open_requests)
             return await self._collect(call, open_requests)
         finally:
-            if call.first.is_resumable:
-                open_requests.leave_all()
-            else:
-                open_requests.cancel_all()
-            del self._calls[open_requests]
-            if not self._calls:
-                self._all_over.set()
+            self._over(open_requests, call)
+
+    async def submit(self, call: Call, settled: Callable[[], Awaitable[None]]) -> None:
+        """Submit a call that nobody waits for.
+
+        Args:
+            call: It is resumable.
+            settled: Waits until the supervisor has taken or refused it.
+
+        Raises:
+            RequestError: it was refused.
+        """
+        if self._is_stopping:
+            raise Unavailable(STOPPING)
+        await self._until_serving()
+        open_requests = OpenRequests(self._port, self._wake)
+        collected = CollectedAnswer(open_requests)
+        outputs = self._outputs(call)
+        sinks = [collected.add(output, "") for output in outputs]
+        self._calls[open_requests] = call
+        try:
+            self._begin(open_requests, call, outputs, sinks)
+            await settled()
+            collected.raise_error()
+        finally:
+            self._over(open_requests, call)
+
+    async def look(self, output: ChoiceOutput, sink: Sink, complete: Awaitable[None]) -> None:
+        """Join a request for as long as it takes to learn what is known of it."""
+        open_requests = OpenRequests(self._port, self._wake)
+        try:
+            open_requests.join(output, sink)
+            async with asyncio.timeout(LOOK_S):
+                await complete
+        except TimeoutError:
+            raise Unavailable("the supervisor does not answer") from None
+        finally:
+            open_requests.leave_all()
+
+    def _over(self, open_requests: OpenRequests, call: Call) -> None:
+        """A call is over here; what can be joined elsewhere goes on."""
+        if call.first.is_resumable:
+            open_requests.leave_all()
+        else:
+            open_requests.cancel_all()
+        del self._calls[open_requests]
+        if not self._calls:
+            self._all_over.set()
 
     async def _until_serving(self) -> None:
         """Wait for an engine for as long as one may be back in a moment."""
@@ -244,33 +309,42 @@ class Answers:
     ) -> web.StreamResponse:
         """Answer as server-sent events."""
         shown, heading, endpoint = call.first, call.heading, call.endpoint
+        outputs = self._outputs(call)
+        event_ids = EventIds(call.requests[0].group_id, call.positions or [0] * len(call.requests))
+        delta_encoders = [_delta_encoder(call, one, event_ids) for one in outputs if one.is_parsed]
         stream = EventStream(
             http_request,
             open_requests,
             headers={STREAM_ID_HEADER: heading.answer_id, **_ignored_header(call.ignored)},
             keep_alive_s=self._limits.keep_alive_s,
             write_timeout_s=self._limits.write_timeout_s,
-            shape_error=endpoint.shape_error,
+            shape_error=delta_encoders[0].error if delta_encoders else error_event,
         )
         has_usage = shown.include_usage or shown.continuous_usage
-        outputs = self._outputs(call)
-        event_ids = EventIds(call.requests[0].group_id, call.positions or [0] * len(call.requests))
-        sinks = []
-        for output, echo in zip(outputs, call.echoes, strict=True):
-            if output.is_parsed:
-                sinks.append(stream.add_sink(_parsed_choice(call, output, event_ids, stream)))
-                continue
+        sinks: list[Sink] = [
+            stream.add_sink(ParsedChoice(output, encoder, stream))
+            for output, encoder in zip(outputs, delta_encoders, strict=bool(delta_encoders))
+        ]
+        if not delta_encoders:
             assert endpoint.make_encoder is not None
-            encoder = endpoint.make_encoder(heading, event_ids, output.index, has_usage=has_usage)
-            sinks.append(stream.add(output, echo, encoder, reports_usage=shown.continuous_usage))
+            for output, echo in zip(outputs, call.echoes, strict=True):
+                encoder = endpoint.make_encoder(
+                    heading, event_ids, output.index, has_usage=has_usage
+                )
+                sinks.append(
+                    stream.add(output, echo, encoder, reports_usage=shown.continuous_usage)
+                )
 
         def last_event() -> bytes:
+            if not endpoint.ends_with_done:
+                return b""
             if not shown.include_usage:
                 return DONE
             counts = usage(
                 call.num_prompt_tokens,
                 sum(output.num_tokens for output in outputs),
                 num_cached_tokens=_num_cached_tokens(outputs, call),
+                num_reasoning_tokens=sum(output.num_reasoning_tokens for output in outputs),
             )
             return usage_event(heading, endpoint.chunk_kind, counts) + DONE
 
@@ -301,13 +375,12 @@ class Answers:
                 open_requests.join(output, sink)
 
 
-def _parsed_choice(
-    call: Call, output: ChoiceOutput, event_ids: EventIds, stream: EventStream
-) -> ParsedChoice:
-    """The sink of a choice whose text is taken apart."""
+def _delta_encoder(call: Call, output: ChoiceOutput, event_ids: EventIds) -> DeltaEncoder:
+    """What shapes a choice whose text is taken apart."""
     shown = call.first
-    assert call.endpoint.make_delta_encoder is not None
-    encoder = call.endpoint.make_delta_encoder(
+    make_delta_encoder = call.make_delta_encoder or call.endpoint.make_delta_encoder
+    assert make_delta_encoder is not None
+    return make_delta_encoder(
         call.heading,
         event_ids,
         output.index,
@@ -316,7 +389,6 @@ def _parsed_choice(
         reports_usage=shown.continuous_usage,
         is_joined=output.is_replaying,
     )
-    return ParsedChoice(output, encoder, stream)
 
 
 def json_response(

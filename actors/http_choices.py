@@ -62,6 +62,10 @@ class RequestPort(Protocol):
         """Ask which requests a group has."""
         ...
 
+    def end_group(self, group_id: int, tenant: str, *, is_forgotten: bool = False) -> None:
+        """End a call for all who listen; perhaps have it forgotten."""
+        ...
+
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:
         """Have ``tell`` called once an engine serves, or with false if there is no hope of it."""
         ...
@@ -172,6 +176,7 @@ class ChoiceOutput:
         index: Its number among the call's choices.
         num_tokens: Output tokens that count, the stop token included.
         num_cached_tokens: Tokens of the prompt that its first engine did not have to compute.
+        num_reasoning_tokens: Of the output, those that are thoughts.
         finish_reason: OpenAI's word for the end, once it is reached.
         error: What it is told as, if the end is none that OpenAI has a word for.
         logprobs: Of tokens not yet told to the client; ``None`` if it did not ask.
@@ -184,6 +189,7 @@ class ChoiceOutput:
         "_deltas",
         "_detokenizer",
         "_parser",
+        "_tells_cancellation",
         "_tokenizer",
         "error",
         "finish_reason",
@@ -192,6 +198,7 @@ class ChoiceOutput:
         "logprobs",
         "may_end_early",
         "num_cached_tokens",
+        "num_reasoning_tokens",
         "num_tokens",
         "request",
     )
@@ -208,8 +215,10 @@ class ChoiceOutput:
         self.index = presentation.index
         self.may_end_early = bool(presentation.stop or presentation.calls_max)
         self.is_parsed = presentation.is_parsed
+        self._tells_cancellation = presentation.endpoint == "responses"
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish_reason: str | None = None
         self.error: RequestError | None = None
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
@@ -233,6 +242,11 @@ class ChoiceOutput:
     def is_over(self) -> bool:
         """Whether nothing more may come."""
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that it ended at, if it did."""
+        return self._detokenizer.stop_string
 
     @property
     def is_replaying(self) -> bool:
@@ -300,6 +314,7 @@ class ChoiceOutput:
                 finish=0 if ends_later or place < last else row.finish,
             )
             self._deltas += parser.push(self._advance(single))
+            self.num_reasoning_tokens += parser.is_thinking
             if parser.is_stopped and not self.is_over:
                 self.finish_reason = "stop"
             if self.is_over:
@@ -354,6 +369,9 @@ class ChoiceOutput:
         return "".join(texts)
 
     def _end(self, finish: int) -> None:
+        if finish == FinishReason.CANCELLED and self._tells_cancellation:
+            self.finish_reason = "cancelled"
+            return
         outcome = finish_reason_or_error(FinishReason(finish))
         if isinstance(outcome, RequestError):
             self.error = outcome
@@ -386,15 +404,18 @@ class _CollectedChoice:
         """The complete choice."""
         output = self.output
         assert output.finish_reason is not None
-        parsed = put_together(self._deltas)
+        text = "".join(self._texts)
+        if output.is_parsed:
+            text = put_together(self._deltas).content
         return Answer(
             index=output.index,
-            text=parsed.content if output.is_parsed else "".join(self._texts),
+            text=text,
             num_tokens=output.num_tokens,
             finish_reason=output.finish_reason,
             logprobs=output.logprobs,
-            reasoning=parsed.reasoning,
-            calls=parsed.calls,
+            deltas=self._deltas,
+            num_reasoning_tokens=output.num_reasoning_tokens,
+            stop_string=output.stop_string,
             request_id=output.request.request_id,
         )
 
@@ -426,6 +447,15 @@ class CollectedAnswer:
             self._requests.cancel_all()
         elif self._num_open == 0:
             self._over.set_result(None)
+
+    def raise_error(self) -> None:
+        """Raise what one of them could not go on for, if it is known already.
+
+        Raises:
+            RequestError: that.
+        """
+        if self._over.done():
+            self._over.result()
 
     async def wait(self) -> list[Answer]:
         """The choices in order.

@@ -69,7 +69,7 @@ class Prepared(NamedTuple):
     """Whether it goes on without its client, whatever the headers say."""
 
 
-class _ChatPrompt(NamedTuple):
+class ChatPrompt(NamedTuple):
     """A conversation as the model reads it."""
 
     tokens: tuple[int, ...]
@@ -140,7 +140,7 @@ class GenerationEndpoints:
             InvalidRequest: and its kinds; ``param`` names the field.
         """
         model = self.model()
-        prompt = await self._chat_prompt(body, model, size=size)
+        prompt = await self.chat_prompt(body, model, size=size)
         generation = body.generation
         if body.tool_use is not None and body.tool_use.is_forced:
             thoughts = _thoughts(model, begins_inside=prompt.begins_in_reasoning)
@@ -216,9 +216,14 @@ class GenerationEndpoints:
         except web.RequestPayloadError as error:
             raise InvalidRequest(f"the body cannot be read: {error}") from None
 
-    async def _chat_prompt(
+    async def chat_prompt(
         self, body: chat.ChatCompletion, model: ModelTraits, *, size: int
-    ) -> _ChatPrompt:
+    ) -> ChatPrompt:
+        """A conversation of a body of this size, as the model reads it.
+
+        Raises:
+            InvalidRequest: the template refuses it, or it does not fit the context.
+        """
         template = self._served.chat_template
         if template is None:
             raise InvalidRequest(
@@ -244,7 +249,7 @@ class GenerationEndpoints:
             begins_in_reasoning = begins_inside(
                 model.reasoning_parser, text, begun=begun if isinstance(begun, str) else None
             )
-        return _ChatPrompt(self._checked(prompt, model), begins_in_reasoning)
+        return ChatPrompt(self._checked(prompt, model), begins_in_reasoning)
 
     async def _prompt(
         self, given: PromptInput, model: ModelTraits, *, size: int

@@ -87,16 +87,18 @@ class ParsedChoice:
         """Write what is held."""
         events = b""
         output = self._output
+        told = Told(
+            num_prompt_tokens=len(output.request.prompt),
+            num_tokens=output.num_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+            num_reasoning_tokens=output.num_reasoning_tokens,
+            finish_reason=output.finish_reason,
+            stop_string=output.stop_string,
+        )
         if not self._is_opened:
             self._is_opened = True
-            events = self._encoder.opening()
+            events = self._encoder.opening(told._replace(num_tokens=0, finish_reason=None))
         if not self._is_complete:
-            told = Told(
-                num_prompt_tokens=len(output.request.prompt),
-                num_tokens=output.num_tokens,
-                num_cached_tokens=output.num_cached_tokens,
-                finish_reason=output.finish_reason,
-            )
             deltas = output.take_deltas()
             logprobs = output.take_logprobs()
             events += self._encoder.encode(deltas, told, logprobs=logprobs)

@@ -24,7 +24,11 @@ from aiohttp.typedefs import Handler, Middleware
 from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
+from understudy.actors.http_messages import PATH as ANTHROPIC_PATH
+from understudy.actors.http_messages import MessageEndpoints
 from understudy.actors.http_rejoin import StreamEndpoints
+from understudy.actors.http_responses import ResponseEndpoints
+from understudy.protocol.anthropic.messages import error_body
 from understudy.protocol.errors import (
     InternalError,
     InvalidRequest,
@@ -102,6 +106,14 @@ async def serve_http(
     status = _StatusEndpoints(port, served)
     app.router.add_post("/v1/chat/completions", generation.chat_completions)
     app.router.add_post("/v1/completions", generation.completions)
+    responses = ResponseEndpoints(port, served, generation, answers, streams)
+    app.router.add_post("/v1/responses", responses.create)
+    app.router.add_get("/v1/responses/{id}", responses.retrieve, allow_head=False)
+    app.router.add_delete("/v1/responses/{id}", responses.delete)
+    app.router.add_post("/v1/responses/{id}/cancel", responses.cancel)
+    messages = MessageEndpoints(generation)
+    app.router.add_post("/v1/messages", messages.create)
+    app.router.add_post("/v1/messages/count_tokens", messages.count_tokens)
     app.router.add_get("/v1/streams/{id}", streams.stream, allow_head=False)
     app.router.add_get("/v1/models", status.models)
     app.router.add_get("/v1/models/{model:.+}", status.model)
@@ -225,9 +237,9 @@ def _error_middleware(chance: random.Random) -> Middleware:
         try:
             return await handler(request)
         except RequestError as error:
-            return _error_response(error, chance)
+            return _error_response(request, error, chance)
         except web.HTTPException as error:
-            response = _error_response(_own_error(error), chance, status=error.status)
+            response = _error_response(request, _own_error(error), chance, status=error.status)
             if hdrs.ALLOW in error.headers:
                 response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
             return response
@@ -235,7 +247,7 @@ def _error_middleware(chance: random.Random) -> Middleware:
             raise  # the client is gone; aiohttp knows what to do
         except Exception:  # noqa: BLE001 - the outermost frame of a call
             get_logger().exception("a request failed", path=request.path)
-            return _error_response(InternalError("the gateway failed"), chance)
+            return _error_response(request, InternalError("the gateway failed"), chance)
 
     return answer
 
@@ -256,7 +268,11 @@ def _own_error(error: web.HTTPException) -> RequestError:
 
 
 def _error_response(
-    error: RequestError, chance: random.Random, *, status: int | None = None
+    http_request: web.Request,
+    error: RequestError,
+    chance: random.Random,
+    *,
+    status: int | None = None,
 ) -> web.Response:
     """An error object; with it, where a retry can help, when to come back.
 
@@ -271,7 +287,10 @@ def _error_response(
         headers["retry-after-ms"] = str(math.ceil(1e3 * retry_after_s))
     if not error.should_retry:
         headers["x-should-retry"] = "false"
-    return json_response(error.body(), status=status, headers=headers)
+    body = error.body()
+    if http_request.path.startswith(ANTHROPIC_PATH):
+        body = error_body(error, request_id=http_request[_REQUEST_ID])
+    return json_response(body, status=status, headers=headers)
 
 
 def _request_id(http_request: web.Request, chance: random.Random) -> str:

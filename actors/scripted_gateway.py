@@ -179,7 +179,19 @@ class ScriptedGateway:
         group = [one for one in self._groups.get(group_id, []) if one.request.tenant == tenant]
         requests = tuple(scripted.request for scripted in group)
         lengths = tuple(len(scripted.tokens) for scripted in group)
-        found(Found(group_id, tenant, requests, lengths) if self.is_connected else None)
+        finishes = tuple(scripted.finish for scripted in group)
+        answer = Found(group_id, tenant, requests, lengths, finishes)
+        found(answer if self.is_connected else None)
+
+    def end_group(self, group_id: int, tenant: str, *, is_forgotten: bool = False) -> None:
+        """See ``Gateway``."""
+        if not self.is_connected:
+            return
+        for scripted in list(self._groups.get(group_id, [])):
+            if scripted.request.tenant == tenant and not scripted.finish:
+                self.deliver(scripted.request, finish=FinishReason.CANCELLED, engine="")
+        if is_forgotten:
+            self._groups.pop(group_id, None)
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:  # noqa: ARG002
         """See ``Gateway``."""

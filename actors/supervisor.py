@@ -22,6 +22,7 @@ from understudy.protocol.messages import (
     DrainReply,
     DrainRequest,
     Dying,
+    EndGroup,
     EngineStatus,
     Fenced,
     GatewayStatus,
@@ -241,6 +242,8 @@ class Supervisor:
                 self._dispatcher.reclaim(held, identity, now)
             case Lookup(group_id, tenant):
                 self._dispatcher.look_up(group_id, tenant, identity)
+            case EndGroup(group_id, tenant, is_forgotten):
+                self._dispatcher.end_group(group_id, tenant, now, is_forgotten=is_forgotten)
             case Dying():
                 self._bury(gateway, now)
             case _:

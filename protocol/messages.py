@@ -11,6 +11,7 @@ Who says what to whom::
     supervisor ──Fenced──▶ any actor                     the session is over: say Hello again
     gateway ──Submit/Cancel──▶ supervisor ──Accepted/Rejected/Deliver/Failed──▶ gateway
     gateway ──Reclaim/Attach/Lookup──▶ supervisor ──Deliver/Failed/Found──▶ gateway
+    gateway ──EndGroup──▶ supervisor
     gateway ──ResetPrefixCache──▶ supervisor ──ResetPrefixCache──▶ engine
     supervisor ──Assign/Cancel──▶ engine ──StepOutput/Inventory/Refused──▶ supervisor
     engine ──Dying──▶ supervisor;  launcher ──ProcessExited──▶ supervisor
@@ -314,6 +315,8 @@ class Found:
     requests: tuple[Request, ...]
     lengths: tuple[int, ...] = ()
     """How long the output of each request is at this moment."""
+    finishes: tuple[int, ...] = ()
+    """How each has ended, or 0."""
 
 
 @message(26)
@@ -367,6 +370,15 @@ class Refused:
 @message(36)
 class ResetPrefixCache:
     """Forget every computed prefix: from a gateway, and from the supervisor to each engine."""
+
+
+@message(40)
+class EndGroup:
+    """A client wants an end of its call, whoever listens; or that nobody hears of it again."""
+
+    group_id: int
+    tenant: str
+    is_forgotten: bool = False
 
 
 @message(48, datagram=True)
@@ -460,6 +472,7 @@ Message: TypeAlias = (
     | Lookup
     | Found
     | Duplicate
+    | EndGroup
     | Assign
     | Inventory
     | StepOutput

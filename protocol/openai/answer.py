@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from understudy.protocol.errors import InternalError, RequestError, Unavailable
-from understudy.protocol.openai.deltas import ToolCallText
+from understudy.protocol.openai.deltas import Delta
 from understudy.protocol.openai.logprobs import TokenLogprob
 from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.request import FinishReason
@@ -37,8 +37,12 @@ class Answer:
     num_tokens: int
     finish_reason: str
     logprobs: Sequence[TokenLogprob] | None
-    reasoning: str = ""
-    calls: Sequence[ToolCallText] = ()
+    deltas: Sequence[Delta] = ()
+    """What the text means, piece by piece; of an answer that is not taken apart none."""
+    num_reasoning_tokens: int = 0
+    num_cached_tokens: int = 0
+    stop_string: str | None = None
+    """What it ended at, if at one that the client gave."""
     request_id: int = 0
     """Names the calls: see ``call_id``."""
 
@@ -82,15 +86,22 @@ def system_fingerprint(numerics: Sequence[str]) -> str:
 
 
 def usage(
-    num_prompt_tokens: int, num_completion_tokens: int, *, num_cached_tokens: int
+    num_prompt_tokens: int,
+    num_completion_tokens: int,
+    *,
+    num_cached_tokens: int,
+    num_reasoning_tokens: int = 0,
 ) -> dict[str, Any]:
     """What an answer cost, in tokens; ``num_cached_tokens`` of the prompt were computed before."""
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
     }
+    if num_reasoning_tokens:
+        counts["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
+    return counts
 
 
 def finish_reason_or_error(finish: FinishReason) -> str | RequestError:

@@ -11,7 +11,7 @@ import msgspec
 from understudy.protocol.errors import InvalidRequest
 from understudy.protocol.openai.answer import Answer, ChunkEncoder, Heading, usage
 from understudy.protocol.openai.body import parse_body
-from understudy.protocol.openai.deltas import call_id
+from understudy.protocol.openai.deltas import call_id, put_together
 from understudy.protocol.openai.logprobs import chat_logprobs
 from understudy.protocol.openai.sampling import (
     LOGPROBS_MAX,
@@ -253,6 +253,7 @@ def chat_response(
             num_prompt_tokens,
             sum(answer.num_tokens for answer in answers),
             num_cached_tokens=num_cached_tokens,
+            num_reasoning_tokens=sum(answer.num_reasoning_tokens for answer in answers),
         ),
     }
 
@@ -260,9 +261,10 @@ def chat_response(
 def _message(answer: Answer, *, has_short_ids: bool) -> dict[str, Any]:
     """The model's message. Reasoning goes by both names that clients know."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-    if answer.reasoning:
-        message |= {"reasoning": answer.reasoning, "reasoning_content": answer.reasoning}
-    if answer.calls:
+    parsed = put_together(answer.deltas)
+    if parsed.reasoning:
+        message |= {"reasoning": parsed.reasoning, "reasoning_content": parsed.reasoning}
+    if parsed.calls:
         message["content"] = answer.text or None
         message["tool_calls"] = [
             {
@@ -270,7 +272,7 @@ def _message(answer: Answer, *, has_short_ids: bool) -> dict[str, Any]:
                 "type": "function",
                 "function": {"name": call.name, "arguments": call.arguments},
             }
-            for index, call in enumerate(answer.calls)
+            for index, call in enumerate(parsed.calls)
         ]
     return message
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from understudy.protocol.openai.answer import Heading, usage
+from understudy.protocol.errors import RequestError
+from understudy.protocol.openai.answer import Heading, error_event, usage
 from understudy.protocol.openai.chat import CHUNK_KIND
 from understudy.protocol.openai.deltas import (
     ArgumentsDelta,
@@ -59,7 +60,7 @@ class ChatDeltaEncoder:
         self._reports_usage = reports_usage
         self._has_role = is_joined
 
-    def opening(self) -> bytes:
+    def opening(self, told: Told) -> bytes:  # noqa: ARG002
         """See ``DeltaEncoder``: a chat completion begins with its first token."""
         return b""
 
@@ -80,10 +81,17 @@ class ChatDeltaEncoder:
             chunk["usage"] = None
         if self._reports_usage:
             chunk["usage"] = usage(
-                told.num_prompt_tokens, told.num_tokens, num_cached_tokens=told.num_cached_tokens
+                told.num_prompt_tokens,
+                told.num_tokens,
+                num_cached_tokens=told.num_cached_tokens,
+                num_reasoning_tokens=told.num_reasoning_tokens,
             )
         event_id = self._event_ids.line(self._index, told.num_tokens)
         return b"".join((event_id, b"\ndata: ", _encode(chunk), b"\n\n"))
+
+    def error(self, error: RequestError) -> bytes:
+        """See ``DeltaEncoder``."""
+        return error_event(error)
 
     def _delta(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         content: list[str] = []

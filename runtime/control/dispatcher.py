@@ -181,11 +181,23 @@ class Dispatcher:
 
     def look_up(self, group_id: int, tenant: str, gateway: str) -> None:
         """Tell a gateway the requests of a group, if they are this tenant's."""
-        entries = self._ledger.group(group_id)
-        entries = [entry for entry in entries if entry.request.tenant == tenant]
+        entries = self._ledger.group(group_id, tenant)
         requests = tuple(entry.request for entry in entries)
         lengths = tuple(len(entry.output) for entry in entries)
-        self._outbox.send(gateway, Found(group_id, tenant, requests, lengths))
+        finishes = tuple(entry.finish for entry in entries)
+        self._outbox.send(gateway, Found(group_id, tenant, requests, lengths, finishes))
+
+    def end_group(self, group_id: int, tenant: str, now: float, *, is_forgotten: bool) -> None:
+        """End a call for all who listen, at its client's wish; perhaps forget it altogether."""
+        for entry in self._ledger.group(group_id, tenant):
+            if not entry.finish:
+                gateways = list(entry.subscribers)
+                self._end(entry, FinishReason.CANCELLED, now)
+                for gateway in gateways:
+                    self._catch_up(entry, len(entry.output), gateway)
+            if is_forgotten:
+                self._ledger.forget(entry)
+                self._records.append(records.Forget(entry.request_id))
 
     def gateway_left(self, gateway: str, now: float) -> None:
         """A gateway is gone. Its requests go on for a while: clients may come back by another."""

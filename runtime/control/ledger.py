@@ -144,10 +144,11 @@ class Ledger:
         """The entry of a request that lives, or has ended not long ago."""
         return self._living.get(request_id) or self._ended.get(request_id)
 
-    def group(self, group_id: int) -> list[Entry]:
-        """The entries of a group that are known, by index."""
+    def group(self, group_id: int, tenant: str | None = None) -> list[Entry]:
+        """The entries of a group that are known, by index; only this tenant's, if one is named."""
         found = [self.find(request_id) for request_id in self._groups.get(group_id, ())]
-        return [entry for entry in found if entry is not None]
+        entries = [entry for entry in found if entry is not None]
+        return [entry for entry in entries if tenant in {None, entry.request.tenant}]
 
     def duplicated(self, key: bytes) -> Duplicated | None:
         """Which group came with this idempotency key first."""
@@ -245,6 +246,11 @@ class Ledger:
         self._retain(entry)
         if entry.is_void:
             self._release_key(entry.request)
+
+    def forget(self, entry: Entry) -> None:
+        """Forget an ended request, if it is still known."""
+        if entry.request_id in self._ended:
+            self._forget(entry)
 
     def forget_old(self, now: float) -> None:
         """Forget ended requests that are past their time, or too many."""

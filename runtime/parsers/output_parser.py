@@ -71,6 +71,11 @@ class OutputParser:
         self.num_calls = 0
         self.is_stopped = False
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the text is inside the thoughts."""
+        return self._reasoning is not None and self._reasoning.is_thinking
+
     def push(self, text: str) -> list[Delta]:
         """What more of the text means."""
         if self._reasoning is None:

@@ -65,8 +65,8 @@ class ReasoningParser:
 
     @property
     def is_thinking(self) -> bool:
-        """Whether the answer has not begun."""
-        return self._state != "answer"
+        """Whether the text is inside the thoughts."""
+        return self._state == "thoughts"
 
     def push(self, text: str) -> list[Delta]:
         """What more of the text means: reasoning, or content that may mean something yet."""

@@ -44,6 +44,7 @@ TAGS = {
     "Refused": 34,
     "ResetPrefixCache": 36,
     "Inventory": 35,
+    "EndGroup": 40,
     "StatusRequest": 48,
     "StatusReply": 49,
     "DrainRequest": 50,

@@ -19,7 +19,8 @@ CALLS: Final[dict[str, Sequence[tuple[str, str, list[tuple[str, str]]]]]] = {
     "hermes": [
         (
             (
-                'hi <tool_call>\n{"name": "f", "arguments": {"city": "a\\"{}", "n": 3}}\n</tool_call>\n'
+                'hi <tool_call>\n{"name": "f", "arguments": {"city": "a\\"{}", "n": 3}}\n'
+                "</tool_call>\n"
                 '<tool_call>{"arguments": {}, "name": "g"}</tool_call>'
             ),
             "hi",
