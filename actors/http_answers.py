@@ -7,7 +7,8 @@ makes no difference which gateway answers, and whether it is the one that submit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -29,6 +30,7 @@ from understudy.protocol.errors import Unavailable
 from understudy.protocol.openai import chat, completions
 from understudy.protocol.openai.answer import (
     DONE,
+    Answer,
     ChunkEncoder,
     Heading,
     error_event,
@@ -212,6 +214,37 @@ class Answers:
         Raises:
             RequestError: before anything of the answer was sent.
         """
+        if call.first.stream:
+            async with self._opened(call) as open_requests:
+                return await self._stream(http_request, call, open_requests)
+        answers = await self.collect(call)
+        body = call.endpoint.respond(
+            call.heading,
+            answers,
+            num_prompt_tokens=call.num_prompt_tokens,
+            num_cached_tokens=_num_cached_tokens(answers, call),
+        )
+        return json_response(body, headers=_ignored_header(call.ignored))
+
+    async def collect(self, call: Call) -> list[Answer]:
+        """Submit or join a call's requests, and wait for their ends.
+
+        Raises:
+            RequestError: one of them could not go on.
+        """
+        async with self._opened(call) as open_requests:
+            collected = CollectedAnswer(open_requests)
+            outputs = self._outputs(call)
+            sinks = [
+                collected.add(output, echo)
+                for output, echo in zip(outputs, call.echoes, strict=True)
+            ]
+            self._begin(open_requests, call, outputs, sinks)
+            return await collected.wait()
+
+    @asynccontextmanager
+    async def _opened(self, call: Call) -> AsyncIterator[OpenRequests]:
+        """The requests of a call, which do not outlive it here."""
         if self._is_stopping:
             raise Unavailable(STOPPING)
         if call.positions is None and any(one.params.max_tokens for one in call.requests):
@@ -219,9 +252,7 @@ class Answers:
         open_requests = OpenRequests(self._port, self._wake)
         self._calls[open_requests] = call
         try:
-            if call.first.stream:
-                return await self._stream(http_request, call, open_requests)
-            return await self._collect(call, open_requests)
+            yield open_requests
         finally:
             self._over(open_requests, call)
 
@@ -235,20 +266,13 @@ class Answers:
         Raises:
             RequestError: it was refused.
         """
-        if self._is_stopping:
-            raise Unavailable(STOPPING)
-        await self._until_serving()
-        open_requests = OpenRequests(self._port, self._wake)
-        collected = CollectedAnswer(open_requests)
-        outputs = self._outputs(call)
-        sinks = [collected.add(output, "") for output in outputs]
-        self._calls[open_requests] = call
-        try:
+        async with self._opened(call) as open_requests:
+            collected = CollectedAnswer(open_requests)
+            outputs = self._outputs(call)
+            sinks = [collected.add(output, "") for output in outputs]
             self._begin(open_requests, call, outputs, sinks)
             await settled()
             collected.raise_error()
-        finally:
-            self._over(open_requests, call)
 
     async def look(self, output: ChoiceOutput, sink: Sink, complete: Awaitable[None]) -> None:
         """Join a request for as long as it takes to learn what is known of it."""
@@ -286,23 +310,6 @@ class Answers:
         self._wake()
         if not await is_serving:
             raise Unavailable(f"none of {self._port.cluster.engines_known} engines is serving")
-
-    async def _collect(self, call: Call, open_requests: OpenRequests) -> web.Response:
-        """Answer in one piece."""
-        collected = CollectedAnswer(open_requests)
-        outputs = self._outputs(call)
-        sinks = [
-            collected.add(output, echo) for output, echo in zip(outputs, call.echoes, strict=True)
-        ]
-        self._begin(open_requests, call, outputs, sinks)
-        answers = await collected.wait()
-        body = call.endpoint.respond(
-            call.heading,
-            answers,
-            num_prompt_tokens=call.num_prompt_tokens,
-            num_cached_tokens=_num_cached_tokens(outputs, call),
-        )
-        return json_response(body, headers=_ignored_header(call.ignored))
 
     async def _stream(
         self, http_request: web.Request, call: Call, open_requests: OpenRequests
@@ -407,6 +414,6 @@ def _ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
     return {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
 
 
-def _num_cached_tokens(outputs: Sequence[ChoiceOutput], call: Call) -> int:
+def _num_cached_tokens(outputs: Sequence[ChoiceOutput] | Sequence[Answer], call: Call) -> int:
     """Of each prompt what its first choice found: that is what the call would have had to wait."""
     return sum(output.num_cached_tokens for output in outputs[:: call.first.n])

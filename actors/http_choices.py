@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from understudy.actors.gateway import Sink
 from understudy.protocol.errors import NotFound, RequestError
-from understudy.protocol.messages import ClusterState, Found
+from understudy.protocol.messages import ClusterState, Found, TimelineRequest, Timelines
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
 from understudy.protocol.openai.deltas import Delta, put_together
 from understudy.protocol.openai.logprobs import TokenLogprob, spell_logprobs
@@ -60,6 +60,12 @@ class RequestPort(Protocol):
         self, group_id: int, tenant: str, found: Callable[[Found | None], None], now: float
     ) -> None:
         """Ask which requests a group has."""
+        ...
+
+    def timelines(
+        self, asked: TimelineRequest, told: Callable[[Timelines | None], None], now: float
+    ) -> None:
+        """Ask what became of requests."""
         ...
 
     def end_group(self, group_id: int, tenant: str, *, is_forgotten: bool = False) -> None:
@@ -385,11 +391,13 @@ class _CollectedChoice:
     def __init__(self, output: ChoiceOutput, text: str, collection: CollectedAnswer) -> None:
         self.output = output
         self._texts = [text]
+        self._tokens: list[int] = []
         self._deltas: list[Delta] = []
         self._collection = collection
 
     def deliver(self, row: TokenRow, engine: str) -> None:  # noqa: ARG002
         """See ``Sink``."""
+        self._tokens += row.tokens
         self._texts.append(self.output.advance(row))
         self._deltas += self.output.take_deltas()
         if self.output.is_over:
@@ -417,6 +425,8 @@ class _CollectedChoice:
             num_reasoning_tokens=output.num_reasoning_tokens,
             stop_string=output.stop_string,
             request_id=output.request.request_id,
+            num_cached_tokens=output.num_cached_tokens,
+            token_ids=self._tokens[: output.num_tokens],
         )
 
 

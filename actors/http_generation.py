@@ -30,6 +30,7 @@ from understudy.protocol.openai import chat
 from understudy.protocol.openai.answer import system_fingerprint
 from understudy.protocol.openai.completions import (
     DEFAULT_MAX_TOKENS,
+    Completion,
     PromptInput,
     parse_completion,
 )
@@ -167,13 +168,21 @@ class GenerationEndpoints:
 
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/completions``."""
-        model = self.model()
         raw = await self.read(http_request)
-        body = parse_completion(raw, model)
+        prepared = await self.prepare_completion(parse_completion(raw, self.model()), size=len(raw))
+        return await self.answer(http_request, raw, prepared)
+
+    async def prepare_completion(self, body: Completion, *, size: int) -> Prepared:
+        """Make requests of prompts that came in a body of this size.
+
+        Raises:
+            InvalidRequest: and its kinds; ``param`` names the field.
+        """
+        model = self.model()
         requests: list[Request] = []
         echoes: list[str | None] = []
         for given in body.prompts:
-            prompt = await self._prompt(given, model, size=len(raw))
+            prompt = await self._prompt(given, model, size=size)
             requests += make_requests(
                 body.generation,
                 prompt,
@@ -186,8 +195,7 @@ class GenerationEndpoints:
             if body.echo:
                 echo = given if isinstance(given, str) else self._served.tokenizer.decode(given)
             echoes += [echo] * body.generation.n
-        prepared = Prepared("completions", body.generation, requests, echoes, body.ignored)
-        return await self.answer(http_request, raw, prepared)
+        return Prepared("completions", body.generation, requests, echoes, body.ignored)
 
     def model(self) -> ModelTraits:
         """What requests are checked against."""
@@ -257,10 +265,7 @@ class GenerationEndpoints:
         if not isinstance(given, str):
             return given
 
-        def encode() -> list[int]:
-            return self._encode(given, model, add_special_tokens=True)
-
-        prompt = await self._run(encode, size=size)
+        prompt = await self.encode(given, model, size=size, add_special_tokens=True)
         if not prompt:
             # An empty prompt begins a text, or follows the end of one.
             tokenizer = self._served.tokenizer
@@ -269,6 +274,20 @@ class GenerationEndpoints:
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
         return self._checked(prompt, model)
+
+    async def encode(
+        self, text: str, model: ModelTraits, *, size: int, add_special_tokens: bool
+    ) -> list[int]:
+        """The tokens of a text, from a body of this size.
+
+        Raises:
+            ContextLengthExceeded: they are more than the context by far.
+        """
+
+        def encode() -> list[int]:
+            return self._encode(text, model, add_special_tokens=add_special_tokens)
+
+        return await self._run(encode, size=size)
 
     def _encode(self, text: str, model: ModelTraits, *, add_special_tokens: bool) -> list[int]:
         fewest = self._served.tokenizer.fewest_tokens(text)

@@ -26,8 +26,10 @@ from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
 from understudy.actors.http_messages import PATH as ANTHROPIC_PATH
 from understudy.actors.http_messages import MessageEndpoints
+from understudy.actors.http_native import NativeEndpoints
 from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.actors.http_responses import ResponseEndpoints
+from understudy.actors.http_tokenization import TokenizationEndpoints
 from understudy.protocol.anthropic.messages import error_body
 from understudy.protocol.errors import (
     InternalError,
@@ -114,6 +116,16 @@ async def serve_http(
     messages = MessageEndpoints(generation)
     app.router.add_post("/v1/messages", messages.create)
     app.router.add_post("/v1/messages/count_tokens", messages.count_tokens)
+    tokenization = TokenizationEndpoints(served, generation)
+    app.router.add_post("/tokenize", tokenization.tokenize)
+    app.router.add_post("/detokenize", tokenization.detokenize)
+    app.router.add_get("/tokenizer_info", tokenization.info)
+    native = NativeEndpoints(port, wake, generation, answers, streams, clock=clock)
+    app.router.add_post("/v1/generate", native.generate)
+    app.router.add_post("/v1/batch", native.batch)
+    app.router.add_get("/v1/health", native.health)
+    app.router.add_get("/v1/metrics", native.metrics)
+    app.router.add_get("/v1/requests/{id}", native.request)
     app.router.add_get("/v1/streams/{id}", streams.stream, allow_head=False)
     app.router.add_get("/v1/models", status.models)
     app.router.add_get("/v1/models/{model:.+}", status.model)

@@ -23,9 +23,7 @@ from understudy.protocol.messages import (
     DrainRequest,
     Dying,
     EndGroup,
-    EngineStatus,
     Fenced,
-    GatewayStatus,
     Heartbeat,
     Hello,
     Inventory,
@@ -43,9 +41,11 @@ from understudy.protocol.messages import (
     StatusRequest,
     StepOutput,
     Submit,
+    TimelineRequest,
     Welcome,
 )
 from understudy.protocol.request import Request, TokenRow
+from understudy.protocol.status import EngineStatus, GatewayStatus
 from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.canary import CANARY_WITHIN_S, canary_request
 from understudy.runtime.control.company import Company
@@ -242,6 +242,8 @@ class Supervisor:
                 self._dispatcher.reclaim(held, identity, now)
             case Lookup(group_id, tenant):
                 self._dispatcher.look_up(group_id, tenant, identity)
+            case TimelineRequest():
+                self._dispatcher.timelines(message, identity)
             case EndGroup(group_id, tenant, is_forgotten):
                 self._dispatcher.end_group(group_id, tenant, now, is_forgotten=is_forgotten)
             case Dying():

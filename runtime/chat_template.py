@@ -41,9 +41,13 @@ class ChatTemplate:
     Args:
         source: The template.
         special_tokens: The model's named special tokens, which templates may print.
+
+    Attributes:
+        source: The template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
         self._template = _environment().from_string(source)
         self._special_tokens = dict(special_tokens)
         self._knows_developer = "developer" in source

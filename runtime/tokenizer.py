@@ -124,10 +124,14 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of token ids, without special tokens."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, without special tokens unless they are asked for."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_text(self, token_id: int) -> str:
+        """A token as the vocabulary has it; empty if there is no such token."""
+        return self._backend.id_to_token(token_id) or ""
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound on the tokens of a text, without encoding it; 0 if none is known.

@@ -45,6 +45,7 @@ class Answer:
     """What it ended at, if at one that the client gave."""
     request_id: int = 0
     """Names the calls: see ``call_id``."""
+    token_ids: Sequence[int] = ()
 
 
 class Heading(NamedTuple):

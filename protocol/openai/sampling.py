@@ -122,8 +122,7 @@ def check_generation(
         ModelNotFound: another model is asked for than the one served.
         InvalidRequest: a field is out of its range.
     """
-    if fields.model is not None and fields.model != model.name:
-        raise ModelNotFound(f"the model {fields.model[:64]!r} is not served here", param="model")
+    check_model(fields.model, model)
     n = _within("n", fields.n, 1, least=1, most=CHOICES_EACH_MAX)
     if fields.best_of is not None and fields.best_of != n:
         raise InvalidRequest("best_of must equal n: answers are not ranked", param="best_of")
@@ -153,6 +152,16 @@ def check_generation(
         priority=_within("priority", fields.priority, 0, least=-(1 << 31), most=(1 << 31) - 1),
         cache_salt=_cache_salt(fields.cache_salt),
     )
+
+
+def check_model(name: str | None, model: ModelTraits) -> None:
+    """Check that a body names no model but the one that is served.
+
+    Raises:
+        ModelNotFound: it does.
+    """
+    if name is not None and name != model.name:
+        raise ModelNotFound(f"the model {name[:64]!r} is not served here", param="model")
 
 
 def _cache_salt(salt: str | None) -> str:

@@ -15,8 +15,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain, islice
 from typing import Final, NamedTuple
 
+from understudy.protocol.errors import InternalError, RequestError, Unavailable
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -24,11 +26,25 @@ from understudy.protocol.request import (
     TokenRow,
     extend_prefix_hash,
 )
+from understudy.protocol.timeline import (
+    ASSIGNED,
+    BEGUN,
+    ENDED,
+    EVENTS_MAX,
+    QUEUED,
+    RESUMED,
+    RequestTimeline,
+    TimelineEvent,
+)
 
 RETENTION_S: Final = 600.0
 """For how long after its end a stream can be joined again."""
 RETAINED_TOKENS_MAX: Final = 32 * 1024 * 1024
 """Prompt and output tokens of ended requests; the oldest are forgotten first."""
+
+
+TIMELINES_LOOKED_AT_MAX: Final = 4096
+"""Requests that are looked at to find a tenant's latest ones."""
 
 
 class Verdict(Enum):
@@ -73,6 +89,38 @@ class Entry:
     ended_at: float = 0.0
     num_cached_tokens: int = 0
     """Of the prompt, in the cache of the engine that made the first token."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of the drafted ones."""
+    events: list[TimelineEvent] = field(default_factory=list)
+    """What happened to it, as far as this supervisor saw it."""
+
+    def note(self, what: str, now: float, engine: str = "") -> None:
+        """Remember that something happened."""
+        if len(self.events) < EVENTS_MAX or what == ENDED:
+            self.events.append(TimelineEvent(now - self.admitted_at, what, engine))
+
+    def stalled(self, for_s: float) -> RequestError:
+        """The error of a request that stood still for so long."""
+        if self.engine is None:
+            return Unavailable(f"no engine took the request within {for_s:.0f} s")
+        return InternalError(f"the engine made no token within {for_s:.0f} s")
+
+    @property
+    def timeline(self) -> RequestTimeline:
+        """What became of it so far."""
+        return RequestTimeline(
+            self.request_id,
+            self.request.group_id,
+            len(self.request.prompt),
+            len(self.output),
+            self.num_cached_tokens,
+            self.num_draft_tokens,
+            self.num_accepted_tokens,
+            self.finish,
+            self.error_code,
+            tuple(self.events),
+        )
 
     @property
     def request_id(self) -> int:
@@ -150,6 +198,16 @@ class Ledger:
         entries = [entry for entry in found if entry is not None]
         return [entry for entry in entries if tenant in {None, entry.request.tenant}]
 
+    def timelines(self, tenant: str, group_id: int, requests_max: int) -> list[RequestTimeline]:
+        """What became of a group's requests or, for group 0, of a tenant's latest ones."""
+        if group_id:
+            entries = self.group(group_id, tenant)
+        else:
+            known = chain(reversed(self._living.values()), reversed(self._ended.values()))
+            looked_at = islice(known, TIMELINES_LOOKED_AT_MAX)
+            entries = [entry for entry in looked_at if entry.request.tenant == tenant]
+        return [entry.timeline for entry in entries[:requests_max]]
+
     def duplicated(self, key: bytes) -> Duplicated | None:
         """Which group came with this idempotency key first."""
         return self._keys.get(key) if key else None
@@ -161,6 +219,7 @@ class Ledger:
     def admit(self, request: Request, now: float) -> Entry:
         """Enter a request. From here on it will end, exactly once."""
         entry = Entry(request, now, progress_at=now)
+        entry.note(QUEUED, now)
         self.restore(entry)
         return entry
 
@@ -186,6 +245,7 @@ class Ledger:
         entry.attempt += 1
         entry.engine = engine
         entry.epoch = epoch
+        entry.note(ASSIGNED if entry.attempt == 1 else RESUMED, now, engine)
         if entry.attempt == 1:
             entry.progress_at = now
         return entry
@@ -241,6 +301,7 @@ class Ledger:
         entry.error_code = code
         entry.error_message = message
         entry.ended_at = now
+        entry.note(ENDED, now, entry.engine or "")
         entry.engine = None
         del self._living[entry.request_id]
         self._retain(entry)
@@ -275,7 +336,12 @@ class Ledger:
         prefix_hash = extend_prefix_hash(entry.prefix_hash, row.tokens)
         if prefix_hash != row.prefix_hash:
             return Verdict.BROKEN
+        if row.tokens and not entry.output:
+            entry.note(BEGUN, now, entry.engine or "")
         entry.output.extend(row.tokens)
+        if row.num_draft_tokens:
+            entry.num_draft_tokens += row.num_draft_tokens
+            entry.num_accepted_tokens += max(len(row.tokens) - 1, 0)
         if row.logprobs:
             assert isinstance(entry.logprobs, list), "an output grows while its request lives"
             entry.logprobs.extend(row.logprobs)

@@ -215,7 +215,8 @@ class Scheduler:
                 continue  # cancelled or replaced while the step ran
             sequence.num_computed_tokens += num_tokens - len(draft)
             if sequence.num_computed_tokens == sequence.num_tokens:
-                rows.append(self._take(sequence, draws.get(sequence.request_id)))
+                row = self._take(sequence, draws.get(sequence.request_id))
+                rows.append(row._replace(num_draft_tokens=len(draft)) if draft else row)
         self._kv_cache_manager.settle()
         return rows
 

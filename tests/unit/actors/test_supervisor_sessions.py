@@ -43,6 +43,8 @@ from understudy.protocol.messages import (
     Role,
     StepOutput,
     Submit,
+    TimelineRequest,
+    Timelines,
     Welcome,
 )
 from understudy.protocol.request import (
@@ -143,6 +145,30 @@ def test_what_a_client_wants_forgotten_is_not_known_to_the_next_supervisor_eithe
     stage.disk.crash_process()
     after = Stage(disk=stage.disk)
     assert [entry.request_id for entry in after.restored] == [3]
+
+
+def test_what_became_of_a_request_is_told_to_its_tenant() -> None:
+    stage = stage_with(2)
+    stage.turn(GATEWAY, Submit(request(1)))
+    stage.now += 1.0
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5)._replace(num_cached_tokens=2),)))
+    stage.turn(ENGINES[0], Dying("killed"))
+    stage.now += 1.0
+    last = row(1, 6, 7, before=(5,), attempt=2, finish=FinishReason.STOP)
+    stage.turn(ENGINES[1], StepOutput(1, (last._replace(num_draft_tokens=4),)))
+    stage.turn(GATEWAY, TimelineRequest("another", 1), TimelineRequest("", 0))
+    other, mine = stage.sent(GATEWAY, Timelines)
+    assert other.timelines == ()
+    [told] = mine.timelines
+    assert [(round(event.at_s, 3), event.what, event.engine) for event in told.events] == [
+        (0.0, "queued", ""),
+        (0.0, "assigned", ENGINES[0]),
+        (1.0, "begun", ENGINES[0]),
+        (1.0, "resumed", ENGINES[1]),
+        (2.0, "ended", ENGINES[1]),
+    ]
+    assert (told.num_output_tokens, told.num_cached_tokens, told.finish) == (3, 2, 1)
+    assert (told.num_draft_tokens, told.num_accepted_tokens) == (4, 1)
 
 
 def test_a_silent_gateway_counts_as_gone_later_than_an_engine() -> None:

@@ -45,6 +45,8 @@ TAGS = {
     "ResetPrefixCache": 36,
     "Inventory": 35,
     "EndGroup": 40,
+    "TimelineRequest": 41,
+    "Timelines": 42,
     "StatusRequest": 48,
     "StatusReply": 49,
     "DrainRequest": 50,
