@@ -6,7 +6,6 @@ Every answer that is not a success is an error object in OpenAI's form, those of
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
 import math
 import random
@@ -29,19 +28,18 @@ from understudy.actors.http_messages import MessageEndpoints
 from understudy.actors.http_native import NativeEndpoints
 from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.actors.http_responses import ResponseEndpoints
+from understudy.actors.http_routes import Endpoints, add_routes, routes
+from understudy.actors.http_status import StatusEndpoints
 from understudy.actors.http_tokenization import TokenizationEndpoints
 from understudy.protocol.anthropic.messages import error_body
 from understudy.protocol.errors import (
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
-    ModelNotFound,
     NotFound,
     PayloadTooLarge,
     RequestError,
-    Unavailable,
 )
-from understudy.protocol.openai.models import model_list, model_object
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.listening import BACKLOG
 from understudy.runtime.log import get_logger
@@ -105,34 +103,17 @@ async def serve_http(
     app[_IS_LEAVING] = asyncio.Event()
     app.on_response_prepare.append(_add_request_id)
     app.on_response_prepare.append(_say_farewell)
-    status = _StatusEndpoints(port, served)
-    app.router.add_post("/v1/chat/completions", generation.chat_completions)
-    app.router.add_post("/v1/completions", generation.completions)
-    responses = ResponseEndpoints(port, served, generation, answers, streams)
-    app.router.add_post("/v1/responses", responses.create)
-    app.router.add_get("/v1/responses/{id}", responses.retrieve, allow_head=False)
-    app.router.add_delete("/v1/responses/{id}", responses.delete)
-    app.router.add_post("/v1/responses/{id}/cancel", responses.cancel)
-    messages = MessageEndpoints(generation)
-    app.router.add_post("/v1/messages", messages.create)
-    app.router.add_post("/v1/messages/count_tokens", messages.count_tokens)
-    tokenization = TokenizationEndpoints(served, generation)
-    app.router.add_post("/tokenize", tokenization.tokenize)
-    app.router.add_post("/detokenize", tokenization.detokenize)
-    app.router.add_get("/tokenizer_info", tokenization.info)
-    native = NativeEndpoints(port, wake, generation, answers, streams, clock=clock)
-    app.router.add_post("/v1/generate", native.generate)
-    app.router.add_post("/v1/batch", native.batch)
-    app.router.add_get("/v1/health", native.health)
-    app.router.add_get("/v1/metrics", native.metrics)
-    app.router.add_get("/v1/requests/{id}", native.request)
-    app.router.add_get("/v1/streams/{id}", streams.stream, allow_head=False)
-    app.router.add_get("/v1/models", status.models)
-    app.router.add_get("/v1/models/{model:.+}", status.model)
-    app.router.add_get("/health", status.ready)
-    app.router.add_get("/ready", status.ready)
-    app.router.add_get("/live", status.live)
-    app.router.add_get("/version", status.version)
+    status = StatusEndpoints(port, served)
+    endpoints = Endpoints(
+        generation=generation,
+        responses=ResponseEndpoints(port, served, generation, answers, streams),
+        messages=MessageEndpoints(generation),
+        tokenization=TokenizationEndpoints(served, generation),
+        native=NativeEndpoints(port, wake, generation, answers, streams, clock=clock),
+        streams=streams,
+        status=status,
+    )
+    add_routes(app.router, routes(endpoints, version=status.server_version))
 
     async def stop(_: web.Application) -> None:
         await answers.stop()
@@ -180,64 +161,6 @@ def _aiohttp_logger() -> logging.Logger:
 
 def _is_our_fault(record: logging.LogRecord) -> bool:
     return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
-
-
-class _StatusEndpoints:
-    """What is served, and whether it can be."""
-
-    def __init__(self, port: RequestPort, served: ServedModel) -> None:
-        self._port = port
-        self._served = served
-        try:
-            self._version = importlib.metadata.version("understudy")
-        except importlib.metadata.PackageNotFoundError:
-            self._version = "unknown"  # run from a tree that was never installed
-
-    async def models(self, _: web.Request) -> web.Response:
-        """Answer ``GET /v1/models``."""
-        return json_response(model_list(self._model()))
-
-    async def model(self, http_request: web.Request) -> web.Response:
-        """Answer ``GET /v1/models/{model}``."""
-        name = http_request.match_info["model"]
-        if name != self._served.name:
-            raise ModelNotFound(f"the model {name[:64]!r} is not served here", param="model")
-        return json_response(self._model())
-
-    async def live(self, _: web.Request) -> web.Response:
-        """Answer ``GET /live``: this process runs."""
-        return json_response({"status": "alive"})
-
-    async def ready(self, _: web.Request) -> web.Response:
-        """Answer ``GET /ready`` and ``GET /health``: a request sent now would be served."""
-        cluster = self._port.cluster
-        if not self._port.is_connected:
-            raise Unavailable("the supervisor cannot be reached")
-        if cluster.is_draining:
-            raise Unavailable("draining")
-        if cluster.engines_serving == 0:
-            raise Unavailable(f"none of {cluster.engines_known} engines is serving")
-        return json_response(
-            {
-                "status": "ready",
-                "engines_serving": cluster.engines_serving,
-                "engines_known": cluster.engines_known,
-            }
-        )
-
-    async def version(self, _: web.Request) -> web.Response:
-        """Answer ``GET /version``."""
-        return json_response({"version": self._version})
-
-    def _model(self) -> dict[str, object]:
-        served = self._served
-        traits = served.traits(max_model_len=self._port.cluster.max_model_len)
-        return model_object(
-            served.name,
-            created=served.created,
-            root=served.directory.name,
-            max_model_len=traits.max_model_len,
-        )
 
 
 def _error_middleware(chance: random.Random) -> Middleware:
