@@ -45,9 +45,18 @@ def directory(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def client_of(directory: Path, text: str, **parsers: str) -> AsyncIterator[AsyncOpenAI]:
+async def client_of(
+    directory: Path,
+    text: str,
+    *,
+    tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
+) -> AsyncIterator[AsyncOpenAI]:
     """A client of a server whose model always says this text."""
-    async with serving(directory, saying_text(directory, text), **parsers) as harness:  # type: ignore[arg-type]
+    script = saying_text(directory, text)
+    async with serving(
+        directory, script, tool_parser=tool_parser, reasoning_parser=reasoning_parser
+    ) as harness:
         base_url = f"http://{harness.host}:{harness.port}/v1"
         async with AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
             yield client

@@ -64,7 +64,8 @@ CALLS: Final[dict[str, Sequence[tuple[str, str, list[tuple[str, str]]]]]] = {
             (
                 'ok\n<tool_call>\n<function=f>\n<parameter=city>\nPar"is\n2\n</parameter>\n'
                 '<parameter=n>\n3\n</parameter>\n<parameter=o>{"a": [1]}</parameter>\n'
-                "<parameter=x>True</parameter>\n</function>\n</tool_call>\n<function=g>\n</function>"
+                "<parameter=x>True</parameter>\n</function>\n</tool_call>\n"
+                "<function=g>\n</function>"
             ),
             "ok",
             [("f", '{"city": "Par\\"is\\n2", "n": 3, "o": {"a":[1]}, "x": true}'), ("g", "{}")],
