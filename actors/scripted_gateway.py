@@ -183,13 +183,14 @@ class ScriptedGateway:
         found: Callable[[Found | None], None],
         now: float,  # noqa: ARG002
     ) -> None:
-        """See ``Gateway``."""
+        """See ``Gateway``. The answer comes behind refusals of what was submitted before."""
         group = [one for one in self._groups.get(group_id, []) if one.request.tenant == tenant]
         requests = tuple(scripted.request for scripted in group)
         lengths = tuple(len(scripted.tokens) for scripted in group)
         finishes = tuple(scripted.finish for scripted in group)
         answer = Found(group_id, tenant, requests, lengths, finishes)
-        found(answer if self.is_connected else None)
+        told = answer if self.is_connected else None
+        asyncio.get_running_loop().call_soon(found, told)
 
     def timelines(
         self,

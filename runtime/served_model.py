@@ -34,6 +34,8 @@ class ServedModel:
     """The format in which the model calls tools; empty: none that is known."""
     reasoning_parser: str = ""
     """The format in which it thinks before it answers."""
+    enforces_grammars: bool = False
+    """Whether the engines follow a request's grammar: only then can a call be forced."""
 
     @classmethod
     def from_directory(
@@ -93,6 +95,7 @@ class ServedModel:
             repetition_penalty=_or(sampling.repetition_penalty, 1.0),
             tool_parser=self.tool_parser,
             reasoning_parser=self.reasoning_parser,
+            enforces_grammars=self.enforces_grammars,
             mark_ids=tuple(self.tokenizer.special_marks(marks).items()),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import json
 import random
@@ -182,6 +183,7 @@ async def serving(
     wall_clock: Callable[[], float] = lambda: NOW,
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
+    enforces_grammars: bool = False,
 ) -> AsyncIterator[Harness]:
     """A server for the model in ``directory``."""
     served = ServedModel.from_directory(
@@ -191,6 +193,7 @@ async def serving(
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
     )
+    served = dataclasses.replace(served, enforces_grammars=enforces_grammars)
     gateway = ScriptedGateway(script)
     listener = listen("127.0.0.1", 0)
     host, port = listener.getsockname()

@@ -40,7 +40,8 @@ from understudy.protocol.timeline import (
 RETENTION_S: Final = 600.0
 """For how long after its end a stream can be joined again."""
 RETAINED_TOKENS_MAX: Final = 32 * 1024 * 1024
-"""Prompt and output tokens of ended requests; the oldest are forgotten first."""
+"""Prompt and output tokens of ended requests, and what gateways keep with them, at four bytes a
+token; the oldest are forgotten first."""
 
 
 TIMELINES_LOOKED_AT_MAX: Final = 4096
@@ -131,6 +132,11 @@ class Entry:
     def num_tokens(self) -> int:
         """Prompt and output together."""
         return len(self.request.prompt) + len(self.output)
+
+    @property
+    def num_kept(self) -> int:
+        """What it takes to keep it, as a number of tokens of four bytes."""
+        return self.num_tokens + len(self.request.presentation) // 4
 
     @property
     def is_void(self) -> bool:
@@ -325,7 +331,7 @@ class Ledger:
     def check_integrity(self) -> None:
         """Every request is in one place, and in its group."""
         assert not self._living.keys() & self._ended.keys()
-        assert self._ended_tokens == sum(entry.num_tokens for entry in self._ended.values())
+        assert self._ended_tokens == sum(entry.num_kept for entry in self._ended.values())
         grouped = sorted(member for group in self._groups.values() for member in group)
         assert grouped == sorted((*self._living, *self._ended))
         for entry in self._living.values():
@@ -352,12 +358,12 @@ class Ledger:
 
     def _retain(self, entry: Entry) -> None:
         self._ended[entry.request_id] = entry
-        self._ended_tokens += entry.num_tokens
+        self._ended_tokens += entry.num_kept
 
     def _forget(self, entry: Entry) -> None:
         request = entry.request
         del self._ended[request.request_id]
-        self._ended_tokens -= entry.num_tokens
+        self._ended_tokens -= entry.num_kept
         group = self._groups[request.group_id]
         group.remove(request.request_id)
         if not group:

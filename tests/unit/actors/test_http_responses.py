@@ -324,3 +324,29 @@ async def test_an_empty_answer_is_a_response_without_items(directory: Path) -> N
         again = await ask(harness, "GET", f"{RESPONSES}/{answer['id']}")
     assert (answer["status"], answer["output"]) == ("completed", [])
     assert again == answer
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+async def test_a_repeated_call_joins_the_response_that_it_repeats(
+    talking: Harness, is_background: bool
+) -> None:
+    answers = []
+    for _ in range(2):
+        body = {**BODY, "background": is_background}
+        async with talking.post(RESPONSES, body, Idempotency_Key="k") as response:
+            assert response.status == 200
+            answers.append(await response.json())
+    assert answers[0]["id"] == answers[1]["id"]
+    assert len(talking.gateway.submitted) == 1
+
+
+async def test_a_conversation_that_is_too_long_to_be_kept_can_be_answered_unkept(
+    tmp_path: Path,
+) -> None:
+    template = "{{ messages | length }}"
+    directory = write_model(tmp_path, chat_template=template)
+    body = {**BODY, "input": "x" * (600 << 10)}
+    async with serving(directory, saying_text(directory, "one")) as harness:
+        error = await harness.error(RESPONSES, body)
+        assert error["param"] == "store"
+        assert (await harness.answer(RESPONSES, {**body, "store": False}))["status"] == "completed"

@@ -11,6 +11,7 @@ import pytest
 from tests.http_harness import CHAT, HELLO, MODEL, Event, Harness, events, saying_text, serving
 from tests.tiny_models import CHATML, TURN_START, write_model
 from understudy.protocol.openai.presentation import decode_presentation
+from understudy.runtime.parsers.names import TOOL_PARSERS
 
 TOOLS: Final = [
     {
@@ -245,3 +246,36 @@ async def test_a_call_is_not_forced_without_enforcement(directory: Path, choice:
     async with serving(directory, tool_parser="hermes") as harness:
         error = await harness.error(CHAT, {**BODY, "tool_choice": choice})
     assert error["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize("parser", TOOL_PARSERS)
+@pytest.mark.parametrize("choice", ["required", {"function": {"name": "weather"}}])
+async def test_where_grammars_are_enforced_a_forced_call_has_one(
+    directory: Path, parser: str, choice: Any
+) -> None:
+    llguidance = pytest.importorskip("llguidance")
+    async with serving(
+        directory, saying_text(directory, "x"), tool_parser=parser, enforces_grammars=True
+    ) as harness:
+        await harness.answer(CHAT, {**BODY, "tool_choice": choice})
+        await harness.answer(CHAT, BODY)
+        forced, free = harness.gateway.submitted
+    assert free.params.grammar == ""
+    grammar = llguidance.LLMatcher.grammar_from_lark(forced.params.grammar)
+    assert not llguidance.LLMatcher.validate_grammar(grammar, llguidance.LLTokenizer("byte"))
+    presentation = decode_presentation(forced.presentation)
+    assert presentation.calls_max == (0 if choice == "required" else 1)
+
+
+async def test_a_forced_call_may_come_behind_thoughts(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, chat_template=THINKING, max_position_embeddings=4096)
+    async with serving(
+        directory,
+        saying_text(directory, "x"),
+        tool_parser="hermes",
+        reasoning_parser="qwen3",
+        enforces_grammars=True,
+    ) as harness:
+        await harness.answer(CHAT, {**BODY, "tool_choice": "required"})
+        [request] = harness.gateway.submitted
+    assert request.params.grammar.startswith("start: thoughts ")
