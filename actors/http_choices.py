@@ -311,6 +311,24 @@ class ChoiceOutput:
 
         That a last token is the last is told behind it: it may come with its token, or later.
         """
+        if not row.finish and len(row.tokens) == 1:
+            self._parse(self._advance(row), parser)
+        else:
+            self._advance_by_tokens(row, parser)
+        if self.finish_reason is not None:
+            self._deltas += parser.finish()
+            if self.finish_reason == "stop" and parser.num_calls:
+                self.finish_reason = "tool_calls"
+
+    def _parse(self, text: str, parser: OutputParser) -> None:
+        """Find out what the text of one token means."""
+        if text:
+            self._deltas += parser.push(text)
+        self.num_reasoning_tokens += parser.is_thinking
+        if parser.is_stopped and not self.is_over:
+            self.finish_reason = "stop"
+
+    def _advance_by_tokens(self, row: TokenRow, parser: OutputParser) -> None:
         ends_later = row.finish != FinishReason.STOP
         last = len(row.tokens) - 1
         for place in range(len(row.tokens)):
@@ -319,18 +337,11 @@ class ChoiceOutput:
                 logprobs=row.logprobs[place : place + 1],
                 finish=0 if ends_later or place < last else row.finish,
             )
-            self._deltas += parser.push(self._advance(single))
-            self.num_reasoning_tokens += parser.is_thinking
-            if parser.is_stopped and not self.is_over:
-                self.finish_reason = "stop"
+            self._parse(self._advance(single), parser)
             if self.is_over:
                 break
         if row.finish and not self.is_over:
             self._deltas += parser.push(self._advance(row._replace(tokens=(), logprobs=())))
-        if self.finish_reason is not None:
-            self._deltas += parser.finish()
-            if self.finish_reason == "stop" and parser.num_calls:
-                self.finish_reason = "tool_calls"
 
     def _advance(self, row: TokenRow) -> str:
         if self.logprobs is not None and row.logprobs:

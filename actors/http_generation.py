@@ -161,10 +161,16 @@ class GenerationEndpoints:
             generation,
             requests,
             [None] * len(requests),
-            body.ignored,
+            (*body.ignored, *self._unseen(body)),
             meaning=_meaning(body, model, begins_in_reasoning=prompt.begins_in_reasoning),
             repeated=repeated,
         )
+
+    def _unseen(self, body: chat.ChatCompletion) -> tuple[str, ...]:
+        """Fields that do not reach the model, because its template has no place for them."""
+        template = self._served.chat_template
+        sees_tools = template is None or template.shows_tools or body.tool_use is None
+        return () if sees_tools else ("tools",)
 
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/completions``."""

@@ -44,10 +44,12 @@ class ChatTemplate:
 
     Attributes:
         source: The template.
+        shows_tools: Whether it has a place for tools.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
+        self.shows_tools = "tools" in source
         self._template = _environment().from_string(source)
         self._special_tokens = dict(special_tokens)
         self._knows_developer = "developer" in source

@@ -9,7 +9,7 @@ import msgspec
 
 from understudy.protocol.errors import RequestError
 from understudy.protocol.openai.answer import Heading, error_event, usage
-from understudy.protocol.openai.chat import CHUNK_KIND
+from understudy.protocol.openai.chat import CHUNK_KIND, chat_chunk_encoder
 from understudy.protocol.openai.deltas import (
     ArgumentsDelta,
     CallDelta,
@@ -59,6 +59,11 @@ class ChatDeltaEncoder:
         self._has_usage = has_usage
         self._reports_usage = reports_usage
         self._has_role = is_joined
+        self._plain = chat_chunk_encoder(heading, event_ids, index, has_usage=has_usage)
+        self._before = b"\ndata: " + heading.opening(CHUNK_KIND)
+        self._before += b'"choices":[{"index":%d,"delta":{"reasoning":' % index
+        self._after = b'},"logprobs":null,"finish_reason":null}]'
+        self._after += b',"usage":null}\n\n' if has_usage else b"}\n\n"
 
     def opening(self, told: Told) -> bytes:  # noqa: ARG002
         """See ``DeltaEncoder``: a chat completion begins with its first token."""
@@ -68,7 +73,16 @@ class ChatDeltaEncoder:
         self, deltas: Sequence[Delta], told: Told, *, logprobs: Sequence[TokenLogprob] | None
     ) -> bytes:
         """See ``DeltaEncoder``."""
-        if not (deltas or logprobs or told.finish_reason):
+        if not (logprobs or told.finish_reason or self._reports_usage):
+            if not deltas:
+                return b""
+            if self._has_role and len(deltas) == 1:
+                [delta] = deltas
+                if isinstance(delta, ContentDelta):
+                    return self._plain.encode(told.num_tokens, delta.text)
+                if isinstance(delta, ReasoningDelta):
+                    return self._encode_reasoning(told.num_tokens, delta.text)
+        elif not (deltas or logprobs or told.finish_reason):
             return b""
         choice = {
             "index": self._index,
@@ -88,6 +102,14 @@ class ChatDeltaEncoder:
             )
         event_id = self._event_ids.line(self._index, told.num_tokens)
         return b"".join((event_id, b"\ndata: ", _encode(chunk), b"\n\n"))
+
+    def _encode_reasoning(self, position: int, text: str) -> bytes:
+        """A chunk of nothing but thoughts: the path of nearly every token of a model in thought."""
+        event_id = self._event_ids.line(self._index, position)
+        shown = _encode(text)
+        return b"".join(
+            (event_id, self._before, shown, b',"reasoning_content":', shown, self._after)
+        )
 
     def error(self, error: RequestError) -> bytes:
         """See ``DeltaEncoder``."""

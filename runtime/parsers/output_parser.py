@@ -90,8 +90,10 @@ class OutputParser:
         return deltas
 
     def _find_calls(self, deltas: list[Delta]) -> list[Delta]:
-        if self._tools is None:
+        if self._tools is None or not deltas:
             return deltas
+        if len(deltas) == 1 and type(deltas[0]) is ContentDelta:
+            return self._bound(self._tools.push(deltas[0].text))
         found: list[Delta] = []
         for delta in deltas:
             if isinstance(delta, ContentDelta):
@@ -102,6 +104,8 @@ class OutputParser:
 
     def _bound(self, deltas: list[Delta]) -> list[Delta]:
         """Up to the call that is one too many."""
+        if len(deltas) == 1 and type(deltas[0]) is ContentDelta:
+            return [] if self.is_stopped else deltas
         kept: list[Delta] = []
         for delta in deltas:
             if isinstance(delta, CallDelta):

@@ -43,9 +43,15 @@ class Marks:
 
     def __init__(self, *marks: str) -> None:
         self._strings = StopStrings(marks)
+        self._starts = tuple({mark[0] for mark in marks})
 
     def cut(self, text: str) -> Cut:
         """Cut at the first mark; without one, before what may become one."""
+        for start in self._starts:
+            if start in text:
+                break
+        else:
+            return Cut(text, None, "")
         match = self._strings.find(text)
         if match is not None:
             mark = text[match.start : match.end]
@@ -63,6 +69,8 @@ class Prose:
 
     def push(self, text: str) -> list[Delta]:
         """More text outside of calls."""
+        if not text:
+            return []
         text = self._held + text
         end = len(text.rstrip())
         if not end:

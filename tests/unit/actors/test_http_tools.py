@@ -279,3 +279,16 @@ async def test_a_forced_call_may_come_behind_thoughts(tmp_path: Path) -> None:
         await harness.answer(CHAT, {**BODY, "tool_choice": "required"})
         [request] = harness.gateway.submitted
     assert request.params.grammar.startswith("start: thoughts ")
+
+
+async def test_tools_that_the_template_does_not_show_are_named_as_ignored(
+    directory: Path, tmp_path: Path
+) -> None:
+    blind = write_model(tmp_path / "blind", max_position_embeddings=4096)
+    for model, ignored in ((directory, None), (blind, "tools")):
+        async with (
+            serving(model, saying_text(model, "x"), tool_parser="hermes") as harness,
+            harness.post(CHAT, BODY) as response,
+        ):
+            assert response.status == 200
+            assert response.headers.get("X-Ignored-Fields") == ignored
