@@ -40,7 +40,7 @@ from understudy.protocol.openai.presentation import (
     encode_presentation,
 )
 from understudy.protocol.openai.sampling import Generation, ModelTraits, make_requests
-from understudy.protocol.openai.tool_grammar import Thoughts, tool_grammar
+from understudy.protocol.openai.tool_grammar import Thoughts, strict_grammar, tool_grammar
 from understudy.protocol.openai.tools import schema_of
 from understudy.protocol.request import Request
 from understudy.runtime.parsers.qwen3_coder import parameter_types
@@ -143,16 +143,18 @@ class GenerationEndpoints:
         model = self.model()
         prompt = await self.chat_prompt(body, model, size=size)
         generation = body.generation
-        if body.tool_use is not None and body.tool_use.is_forced:
+        if body.tool_use is not None and model.enforces_grammars:
             thoughts = _thoughts(model, begins_inside=prompt.begins_in_reasoning)
-            grammar = tool_grammar(
+            make_grammar = tool_grammar if body.tool_use.is_forced else strict_grammar
+            grammar = make_grammar(
                 body.tool_use,
                 model.tool_parser,
                 mark_ids=dict(model.mark_ids),
                 thoughts=thoughts,
             )
-            sampling = dataclasses.replace(generation.sampling, grammar=grammar)
-            generation = dataclasses.replace(generation, sampling=sampling)
+            if grammar:
+                sampling = dataclasses.replace(generation.sampling, grammar=grammar)
+                generation = dataclasses.replace(generation, sampling=sampling)
         requests = make_requests(
             generation, prompt.tokens, model, draw=self._draw, default_max_tokens=None
         )

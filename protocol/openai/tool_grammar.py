@@ -17,6 +17,12 @@ _SPACED: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_fle
 """JSON as these models have learned it: on one line, with spaces."""
 
 
+_CALL_MARKS: Final = {
+    "hermes": "<tool_call>",
+    "mistral": "[TOOL_CALLS]",
+    "qwen3_coder": "<tool_call>",
+}
+"""What stands before a call, in formats where something does."""
 _VALUE_END: Final = "\n</parameter>\n"
 
 
@@ -47,11 +53,53 @@ def tool_grammar(
     lines = [f"start: {_thoughts_rule(thoughts, spell)}{first} call{more} {last}".rstrip()]
     lines.append(f"call: {call}")
     lines += [f"call_{index}: {rule}" for index, rule in enumerate(rules)]
+    return "\n".join([*lines, *_shared_rules(parser, thoughts, spell)]) + "\n"
+
+
+def strict_grammar(
+    use: ToolUse, parser: str, *, mark_ids: Mapping[str, int], thoughts: Thoughts | None = None
+) -> str:
+    """The grammar of answers that may be calls: any text, but calls of strict tools fit them.
+
+    There is none, and so an empty one, where no tool is strict, or where nothing marks a call:
+    then no one can tell where to begin to be strict.
+
+    Args:
+        use: The tools.
+        parser: The name of the format.
+        mark_ids: Marks that are special tokens.
+        thoughts: What stands before the answer, if the prompt has opened it.
+    """
+    mark = _CALL_MARKS.get(parser)
+    if mark is None or not any(tool.strict for tool in use.tools):
+        return ""
+    spell = _Speller(mark_ids)
+    tools = [
+        tool if tool.strict else msgspec.structs.replace(tool, parameters=None)
+        for tool in use.tools
+    ]
+    # The mark is what the text before a call ends with: the rules go on behind it.
+    rules, first, between, last = _FORMATS[parser](tools, _Speller(mark_ids, dropped=mark))
+    call = " | ".join(f"call_{index}" for index in range(len(rules)))
+    more = f" ({between} call)*" if first and not use.calls_max else ""
+    times = "?" if use.calls_max else "*"
+    opened = thoughts if thoughts is not None and thoughts.is_open else None
+    lines = [f"start: {_thoughts_rule(opened, spell)}(head {first}call{more} {last}){times} tail"]
+    is_special = mark in mark_ids
+    lines.append(f"head{'' if is_special else '[lazy]'}: TEXT {spell(mark)}")
+    lines += ["tail: TEXT", "TEXT: /(?s:.*)/", f"call: {call}"]
+    lines += [f"call_{index}: {rule}" for index, rule in enumerate(rules)]
+    return "\n".join([*lines, *_shared_rules(parser, opened, spell)]) + "\n"
+
+
+def _shared_rules(parser: str, thoughts: Thoughts | None, spell: _Speller) -> list[str]:
+    """What several rules refer to."""
+    lines = []
     if thoughts is not None:
         lines.append(f"thoughts[suffix={spell(thoughts.closing)}]: /(?s:.*)/")
     if parser == "qwen3_coder":
         lines.append(f"value[suffix={spell(_VALUE_END)}]: /(?s:.*)/")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 class _Format(NamedTuple):
@@ -64,13 +112,16 @@ class _Format(NamedTuple):
 
 
 class _Speller:
-    """Writes literals of a grammar."""
+    """Writes literals of a grammar; ``dropped`` is left out where a text begins with it."""
 
-    def __init__(self, mark_ids: Mapping[str, int]) -> None:
+    def __init__(self, mark_ids: Mapping[str, int], *, dropped: str | None = None) -> None:
         self.marks = mark_ids
+        self._dropped = dropped
 
     def __call__(self, text: str) -> str:
         """A text; marks in it that are special tokens become those."""
+        if self._dropped is not None:
+            text = text.removeprefix(self._dropped)
         for mark, token_id in self.marks.items():
             before, found, after = text.partition(mark)
             if found:

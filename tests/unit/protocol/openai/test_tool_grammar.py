@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import msgspec
 import pytest
 
-from understudy.protocol.openai.tool_grammar import Thoughts, tool_grammar
+from understudy.protocol.openai.tool_grammar import Thoughts, strict_grammar, tool_grammar
 from understudy.protocol.openai.tools import FunctionTool, ToolUse
 
 llguidance = pytest.importorskip("llguidance")
@@ -131,3 +132,54 @@ def test_a_tool_that_says_nothing_of_its_arguments_takes_any_or_none(name: str) 
     for arguments in ('{"a": 1}', '{"b": true}', "b=false"):
         text = text.replace(arguments, "{}" if "{" in arguments else "")
     assert takes(lark, text)
+
+
+STRICT: Final = (msgspec.structs.replace(F, strict=True), G)
+MARKED: Final = ["hermes", "mistral", "qwen3_coder"]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_free_text_may_hold_calls_that_fit_their_tools(name: str) -> None:
+    lark = strict_grammar(use(tools=STRICT, is_forced=False), name, mark_ids={})
+    call, other = TAKEN[name]
+    for text in ("", "no call at all < [ {", call, f"so:\n{call}", f"{call}\n{other} and so on"):
+        assert takes(lark, text), text
+    assert not takes(lark, call.replace("city", "town"))
+    assert not takes(lark, "so: " + call.replace("city", "town"))
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_of_single_calls_free_text_holds_one(name: str) -> None:
+    asked = use(tools=STRICT, is_forced=False, is_parallel=False)
+    lark = strict_grammar(asked, name, mark_ids={})
+    call, _ = TAKEN[name]
+    assert takes(lark, f"so: {call}")
+    assert takes(lark, "so")
+
+
+def test_free_text_may_come_behind_thoughts() -> None:
+    thoughts = Thoughts("<think>", "</think>", is_open=True)
+    asked = use(tools=STRICT, is_forced=False)
+    lark = strict_grammar(asked, "hermes", mark_ids={}, thoughts=thoughts)
+    assert takes(lark, f"hm <tool_call> hm</think>{TAKEN['hermes'][0]}")
+    assert not takes(lark, "hm")
+
+
+@pytest.mark.parametrize(
+    ("name", "tools"),
+    [("hermes", (F, G)), ("pythonic", STRICT), ("llama3_json", STRICT)],
+)
+def test_without_strict_tools_or_marks_there_is_no_grammar(
+    name: str, tools: tuple[FunctionTool, ...]
+) -> None:
+    assert strict_grammar(use(tools=tools, is_forced=False), name, mark_ids={}) == ""
+
+
+def test_a_mark_that_is_a_special_token_ends_free_text() -> None:
+    lark = strict_grammar(
+        use(tools=STRICT, is_forced=False), "mistral", mark_ids={"[TOOL_CALLS]": 5, "[ARGS]": 6}
+    )
+    assert "head: TEXT <[5]>" in lark
+    assert 'call_0: "f" <[6]> %json' in lark
+    grammar = llguidance.LLMatcher.grammar_from_lark(lark)
+    assert not llguidance.LLMatcher.validate_grammar(grammar, llguidance.LLTokenizer("byte"))
