@@ -11,7 +11,7 @@ delivered already is cut to what is new, so a position is delivered once, whatev
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from understudy.protocol.errors import AlreadySubmitted, RequestError, Unavailable, from_code
 from understudy.protocol.messages import (
@@ -21,6 +21,7 @@ from understudy.protocol.messages import (
     ClusterState,
     Deliver,
     Duplicate,
+    EndGroup,
     Failed,
     Found,
     HeldRequest,
@@ -32,6 +33,8 @@ from understudy.protocol.messages import (
     ResetPrefixCache,
     Role,
     Submit,
+    TimelineRequest,
+    Timelines,
 )
 from understudy.protocol.request import Request, TokenRow
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
@@ -99,13 +102,13 @@ class _OpenRequest:
 
 
 class _Search:
-    """A question for the requests of a group, and who has asked it."""
+    """A question to the supervisor, and who has asked it."""
 
     __slots__ = ("answer_by", "found")
 
     def __init__(self, answer_by: float) -> None:
         self.answer_by = answer_by
-        self.found: list[Callable[[Found | None], None]] = []
+        self.found: list[Callable[[Any], None]] = []
 
 
 class Gateway:
@@ -119,7 +122,7 @@ class Gateway:
         self._open: dict[int, _OpenRequest] = {}
         # In order of submission, and so of their times: the first is the next to be due.
         self._unanswered: dict[int, float] = {}
-        self._seekers: dict[tuple[int, str], _Search] = {}
+        self._seekers: dict[Lookup | TimelineRequest, _Search] = {}
         self._waiting: list[Callable[[bool], None]] = []
         self._hope_until: float | None = None
 
@@ -169,11 +172,20 @@ class Gateway:
 
         Without a session the question waits for the next one.
         """
-        search = self._seekers.get((group_id, tenant))
-        if search is None:
-            search = self._seekers[group_id, tenant] = _Search(now + HOPE_S)
-            self._send(Lookup(group_id, tenant))
-        search.found.append(found)
+        self._ask(Lookup(group_id, tenant), found, now)
+
+    def timelines(
+        self, asked: TimelineRequest, told: Callable[[Timelines | None], None], now: float
+    ) -> None:
+        """Ask what became of requests; ``told`` is told once, ``None`` if nobody answers."""
+        self._ask(asked, told, now)
+
+    def end_group(self, group_id: int, tenant: str, *, is_forgotten: bool = False) -> None:
+        """End a call for all who listen; perhaps have it forgotten.
+
+        Without a session nothing happens: who asks looks afterwards.
+        """
+        self._send(EndGroup(group_id, tenant, is_forgotten))
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:
         """Have ``tell`` called with true once an engine serves, or with false if hope is gone.
@@ -219,7 +231,9 @@ class Gateway:
             case Failed(request_id, code, text):
                 self._fail(request_id, from_code(code, text))
             case Found(group_id, tenant):
-                self._answer((group_id, tenant), message)
+                self._answer(Lookup(group_id, tenant), message)
+            case Timelines(tenant, group_id, requests_max):
+                self._answer(TimelineRequest(tenant, group_id, requests_max), message)
             case ClusterState():
                 self._change_cluster(message, now)
             case _:
@@ -265,8 +279,8 @@ class Gateway:
                 self.outbox.send(SUPERVISOR, Submit(opened.request))
         held = [HeldRequest(number, one.next_position) for number, one in self._open.items()]
         self.outbox.send(SUPERVISOR, Reclaim(tuple(held)))
-        for group_id, tenant in self._seekers:
-            self.outbox.send(SUPERVISOR, Lookup(group_id, tenant))
+        for question in self._seekers:
+            self.outbox.send(SUPERVISOR, question)
 
     def _change_cluster(self, cluster: ClusterState, now: float) -> None:
         if self.cluster.engines_serving and not cluster.engines_serving:
@@ -280,8 +294,17 @@ class Gateway:
         for tell in waiting:
             tell(is_serving)
 
-    def _answer(self, sought: tuple[int, str], answer: Found | None) -> None:
-        search = self._seekers.pop(sought, None)
+    def _ask(
+        self, question: Lookup | TimelineRequest, tell: Callable[[Any], None], now: float
+    ) -> None:
+        search = self._seekers.get(question)
+        if search is None:
+            search = self._seekers[question] = _Search(now + HOPE_S)
+            self._send(question)
+        search.found.append(tell)
+
+    def _answer(self, question: Lookup | TimelineRequest, answer: Found | Timelines | None) -> None:
+        search = self._seekers.pop(question, None)
         for found in () if search is None else search.found:
             found(answer)
 

@@ -7,7 +7,8 @@ makes no difference which gateway answers, and whether it is the one that submit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -22,17 +23,31 @@ from understudy.actors.http_choices import (
     OpenRequests,
     RequestPort,
 )
+from understudy.actors.http_parsed_streams import ParsedChoice
 from understudy.actors.http_streams import EventStream
+from understudy.protocol.anthropic.events import MessageEncoder, message_object
 from understudy.protocol.errors import Unavailable
 from understudy.protocol.openai import chat, completions
-from understudy.protocol.openai.answer import DONE, ChunkEncoder, Heading, usage, usage_event
+from understudy.protocol.openai.answer import (
+    DONE,
+    Answer,
+    ChunkEncoder,
+    Heading,
+    error_event,
+    usage,
+    usage_event,
+)
+from understudy.protocol.openai.chat_deltas import ChatDeltaEncoder
 from understudy.protocol.openai.presentation import Presentation
+from understudy.protocol.openai.response_events import ResponseEncoder, response_object
 from understudy.protocol.openai.stream_ids import EventIds
+from understudy.protocol.openai.streamed import DeltaEncoder
 from understudy.protocol.request import Request
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.served_model import ServedModel
 
 STOPPING: Final = "the gateway is stopping"
+LOOK_S: Final = 30.0
 STREAM_ID_HEADER: Final = "X-Stream-Id"
 
 
@@ -54,12 +69,39 @@ class Endpoint(NamedTuple):
     id_prefix: str
     chunk_kind: str
     respond: Callable[..., dict[str, Any]]
-    make_encoder: Callable[..., ChunkEncoder]
+    make_encoder: Callable[..., ChunkEncoder] | None = None
+    """Of plain text."""
+    make_delta_encoder: Callable[..., DeltaEncoder] | None = None
+    """Of text that is taken apart."""
+    id_separator: str = "-"
+    ends_with_done: bool = True
 
 
 ENDPOINTS: Final[Mapping[str, Endpoint]] = MappingProxyType(
     {
-        "chat": Endpoint("chatcmpl", chat.CHUNK_KIND, chat.chat_response, chat.chat_chunk_encoder),
+        "chat": Endpoint(
+            "chatcmpl",
+            chat.CHUNK_KIND,
+            chat.chat_response,
+            chat.chat_chunk_encoder,
+            ChatDeltaEncoder,
+        ),
+        "responses": Endpoint(
+            "resp",
+            "response",
+            response_object,
+            make_delta_encoder=ResponseEncoder,
+            id_separator="_",
+            ends_with_done=False,
+        ),
+        "messages": Endpoint(
+            "msg",
+            "message",
+            message_object,
+            make_delta_encoder=MessageEncoder,
+            id_separator="_",
+            ends_with_done=False,
+        ),
         "completions": Endpoint(
             "cmpl",
             completions.CHUNK_KIND,
@@ -85,6 +127,8 @@ class Call:
     """Fields of the body that did not matter."""
     positions: Sequence[int] | None = None
     """What the client of a stream that is joined has of each choice; ``None``: a new call."""
+    make_delta_encoder: Callable[..., DeltaEncoder] | None = None
+    """What shapes this call's stream, if not what shapes all of its endpoint's."""
 
     @property
     def first(self) -> Presentation:
@@ -99,9 +143,18 @@ class Call:
     @property
     def heading(self) -> Heading:
         """What all objects of the answer begin with."""
-        answer_id = f"{self.endpoint.id_prefix}-{self.requests[0].group_id:016x}"
+        endpoint = self.endpoint
+        group_id = self.requests[0].group_id
+        answer_id = f"{endpoint.id_prefix}{endpoint.id_separator}{group_id:016x}"
         first = self.first
-        return Heading(answer_id, first.created, first.model, first.system_fingerprint)
+        return Heading(
+            answer_id,
+            first.created,
+            first.model,
+            first.system_fingerprint,
+            repeated=first.repeated,
+            has_short_ids=first.tool_parser == "mistral",
+        )
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -161,6 +214,37 @@ class Answers:
         Raises:
             RequestError: before anything of the answer was sent.
         """
+        if call.first.stream:
+            async with self._opened(call) as open_requests:
+                return await self._stream(http_request, call, open_requests)
+        answers = await self.collect(call)
+        body = call.endpoint.respond(
+            call.heading,
+            answers,
+            num_prompt_tokens=call.num_prompt_tokens,
+            num_cached_tokens=_num_cached_tokens(answers, call),
+        )
+        return json_response(body, headers=_ignored_header(call.ignored))
+
+    async def collect(self, call: Call) -> list[Answer]:
+        """Submit or join a call's requests, and wait for their ends.
+
+        Raises:
+            RequestError: one of them could not go on.
+        """
+        async with self._opened(call) as open_requests:
+            collected = CollectedAnswer(open_requests)
+            outputs = self._outputs(call)
+            sinks = [
+                collected.add(output, echo)
+                for output, echo in zip(outputs, call.echoes, strict=True)
+            ]
+            self._begin(open_requests, call, outputs, sinks)
+            return await collected.wait()
+
+    @asynccontextmanager
+    async def _opened(self, call: Call) -> AsyncIterator[OpenRequests]:
+        """The requests of a call, which do not outlive it here."""
         if self._is_stopping:
             raise Unavailable(STOPPING)
         if call.positions is None and any(one.params.max_tokens for one in call.requests):
@@ -168,17 +252,49 @@ class Answers:
         open_requests = OpenRequests(self._port, self._wake)
         self._calls[open_requests] = call
         try:
-            if call.first.stream:
-                return await self._stream(http_request, call, open_requests)
-            return await self._collect(call, open_requests)
+            yield open_requests
         finally:
-            if call.first.is_resumable:
-                open_requests.leave_all()
-            else:
-                open_requests.cancel_all()
-            del self._calls[open_requests]
-            if not self._calls:
-                self._all_over.set()
+            self._over(open_requests, call)
+
+    async def submit(self, call: Call, settled: Callable[[], Awaitable[None]]) -> None:
+        """Submit a call that nobody waits for.
+
+        Args:
+            call: It is resumable.
+            settled: Waits until the supervisor has taken or refused it.
+
+        Raises:
+            RequestError: it was refused.
+        """
+        async with self._opened(call) as open_requests:
+            collected = CollectedAnswer(open_requests)
+            outputs = self._outputs(call)
+            sinks = [collected.add(output, "") for output in outputs]
+            self._begin(open_requests, call, outputs, sinks)
+            await settled()
+            collected.raise_error()
+
+    async def look(self, output: ChoiceOutput, sink: Sink, complete: Awaitable[None]) -> None:
+        """Join a request for as long as it takes to learn what is known of it."""
+        open_requests = OpenRequests(self._port, self._wake)
+        try:
+            open_requests.join(output, sink)
+            async with asyncio.timeout(LOOK_S):
+                await complete
+        except TimeoutError:
+            raise Unavailable("the supervisor does not answer") from None
+        finally:
+            open_requests.leave_all()
+
+    def _over(self, open_requests: OpenRequests, call: Call) -> None:
+        """A call is over here; what can be joined elsewhere goes on."""
+        if call.first.is_resumable:
+            open_requests.leave_all()
+        else:
+            open_requests.cancel_all()
+        del self._calls[open_requests]
+        if not self._calls:
+            self._all_over.set()
 
     async def _until_serving(self) -> None:
         """Wait for an engine for as long as one may be back in a moment."""
@@ -195,50 +311,47 @@ class Answers:
         if not await is_serving:
             raise Unavailable(f"none of {self._port.cluster.engines_known} engines is serving")
 
-    async def _collect(self, call: Call, open_requests: OpenRequests) -> web.Response:
-        """Answer in one piece."""
-        collected = CollectedAnswer(open_requests)
-        outputs = self._outputs(call)
-        sinks = [
-            collected.add(output, echo) for output, echo in zip(outputs, call.echoes, strict=True)
-        ]
-        self._begin(open_requests, call, outputs, sinks)
-        answers = await collected.wait()
-        body = call.endpoint.respond(
-            call.heading,
-            answers,
-            num_prompt_tokens=call.num_prompt_tokens,
-            num_cached_tokens=_num_cached_tokens(outputs, call),
-        )
-        return json_response(body, headers=_ignored_header(call.ignored))
-
     async def _stream(
         self, http_request: web.Request, call: Call, open_requests: OpenRequests
     ) -> web.StreamResponse:
         """Answer as server-sent events."""
         shown, heading, endpoint = call.first, call.heading, call.endpoint
+        outputs = self._outputs(call)
+        event_ids = EventIds(call.requests[0].group_id, call.positions or [0] * len(call.requests))
+        delta_encoders = [_delta_encoder(call, one, event_ids) for one in outputs if one.is_parsed]
         stream = EventStream(
             http_request,
             open_requests,
             headers={STREAM_ID_HEADER: heading.answer_id, **_ignored_header(call.ignored)},
             keep_alive_s=self._limits.keep_alive_s,
             write_timeout_s=self._limits.write_timeout_s,
+            shape_error=delta_encoders[0].error if delta_encoders else error_event,
         )
         has_usage = shown.include_usage or shown.continuous_usage
-        outputs = self._outputs(call)
-        event_ids = EventIds(call.requests[0].group_id, call.positions or [0] * len(call.requests))
-        sinks = []
-        for output, echo in zip(outputs, call.echoes, strict=True):
-            encoder = endpoint.make_encoder(heading, event_ids, output.index, has_usage=has_usage)
-            sinks.append(stream.add(output, echo, encoder, reports_usage=shown.continuous_usage))
+        sinks: list[Sink] = [
+            stream.add_sink(ParsedChoice(output, encoder, stream))
+            for output, encoder in zip(outputs, delta_encoders, strict=bool(delta_encoders))
+        ]
+        if not delta_encoders:
+            assert endpoint.make_encoder is not None
+            for output, echo in zip(outputs, call.echoes, strict=True):
+                encoder = endpoint.make_encoder(
+                    heading, event_ids, output.index, has_usage=has_usage
+                )
+                sinks.append(
+                    stream.add(output, echo, encoder, reports_usage=shown.continuous_usage)
+                )
 
         def last_event() -> bytes:
+            if not endpoint.ends_with_done:
+                return b""
             if not shown.include_usage:
                 return DONE
             counts = usage(
                 call.num_prompt_tokens,
                 sum(output.num_tokens for output in outputs),
                 num_cached_tokens=_num_cached_tokens(outputs, call),
+                num_reasoning_tokens=sum(output.num_reasoning_tokens for output in outputs),
             )
             return usage_event(heading, endpoint.chunk_kind, counts) + DONE
 
@@ -269,6 +382,22 @@ class Answers:
                 open_requests.join(output, sink)
 
 
+def _delta_encoder(call: Call, output: ChoiceOutput, event_ids: EventIds) -> DeltaEncoder:
+    """What shapes a choice whose text is taken apart."""
+    shown = call.first
+    make_delta_encoder = call.make_delta_encoder or call.endpoint.make_delta_encoder
+    assert make_delta_encoder is not None
+    return make_delta_encoder(
+        call.heading,
+        event_ids,
+        output.index,
+        request_id=output.request.request_id,
+        has_usage=shown.include_usage or shown.continuous_usage,
+        reports_usage=shown.continuous_usage,
+        is_joined=output.is_replaying,
+    )
+
+
 def json_response(
     body: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None
 ) -> web.Response:
@@ -285,6 +414,6 @@ def _ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
     return {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
 
 
-def _num_cached_tokens(outputs: Sequence[ChoiceOutput], call: Call) -> int:
+def _num_cached_tokens(outputs: Sequence[ChoiceOutput] | Sequence[Answer], call: Call) -> int:
     """Of each prompt what its first choice found: that is what the call would have had to wait."""
     return sum(output.num_cached_tokens for output in outputs[:: call.first.n])

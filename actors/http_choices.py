@@ -12,12 +12,14 @@ from typing import NamedTuple, Protocol
 
 from understudy.actors.gateway import Sink
 from understudy.protocol.errors import NotFound, RequestError
-from understudy.protocol.messages import ClusterState, Found
+from understudy.protocol.messages import ClusterState, Found, TimelineRequest, Timelines
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
+from understudy.protocol.openai.deltas import Delta, put_together
 from understudy.protocol.openai.logprobs import TokenLogprob, spell_logprobs
 from understudy.protocol.openai.presentation import Presentation
 from understudy.protocol.request import FinishReason, Request, TokenRow
 from understudy.runtime.detokenizer import Detokenizer
+from understudy.runtime.parsers.output_parser import OutputParser, marks_of
 from understudy.runtime.tokenizer import Tokenizer
 
 
@@ -58,6 +60,16 @@ class RequestPort(Protocol):
         self, group_id: int, tenant: str, found: Callable[[Found | None], None], now: float
     ) -> None:
         """Ask which requests a group has."""
+        ...
+
+    def timelines(
+        self, asked: TimelineRequest, told: Callable[[Timelines | None], None], now: float
+    ) -> None:
+        """Ask what became of requests."""
+        ...
+
+    def end_group(self, group_id: int, tenant: str, *, is_forgotten: bool = False) -> None:
+        """End a call for all who listen; perhaps have it forgotten."""
         ...
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:
@@ -118,7 +130,7 @@ class OpenRequests:
         """Let what has not ended go on without the client, who may come back for it."""
         left, self._open = self._open, {}
         for request_id, (output, sink) in left.items():
-            if output.has_stop_strings:
+            if output.may_end_early:
                 unattended = _Unattended(output, self._port, self._wake)
                 self._port.attach(request_id, unattended, output.num_tokens)
             self._port.leave(request_id, sink)
@@ -147,6 +159,7 @@ class _Unattended:
         """See ``Sink``."""
         self._output.advance(row)
         self._output.take_logprobs()
+        self._output.take_deltas()
         if self._output.is_over and not row.finish:
             self._port.cancel(row.request_id, self)
             self._wake()
@@ -169,22 +182,29 @@ class ChoiceOutput:
         index: Its number among the call's choices.
         num_tokens: Output tokens that count, the stop token included.
         num_cached_tokens: Tokens of the prompt that its first engine did not have to compute.
+        num_reasoning_tokens: Of the output, those that are thoughts.
         finish_reason: OpenAI's word for the end, once it is reached.
         error: What it is told as, if the end is none that OpenAI has a word for.
         logprobs: Of tokens not yet told to the client; ``None`` if it did not ask.
-        has_stop_strings: Whether the text may end before the request does.
+        may_end_early: Whether the text may end before the request does.
+        is_parsed: Whether the text is taken apart: then ``take_deltas`` tells it, not ``advance``.
     """
 
     __slots__ = (
         "_delivered",
+        "_deltas",
         "_detokenizer",
+        "_parser",
+        "_tells_cancellation",
         "_tokenizer",
         "error",
         "finish_reason",
-        "has_stop_strings",
         "index",
+        "is_parsed",
         "logprobs",
+        "may_end_early",
         "num_cached_tokens",
+        "num_reasoning_tokens",
         "num_tokens",
         "request",
     )
@@ -199,9 +219,12 @@ class ChoiceOutput:
     ) -> None:
         self.request = request
         self.index = presentation.index
-        self.has_stop_strings = bool(presentation.stop)
+        self.may_end_early = bool(presentation.stop or presentation.calls_max)
+        self.is_parsed = presentation.is_parsed
+        self._tells_cancellation = presentation.endpoint == "responses"
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish_reason: str | None = None
         self.error: RequestError | None = None
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
@@ -213,12 +236,23 @@ class ChoiceOutput:
             stop=presentation.stop,
             include_stop=presentation.include_stop,
             min_tokens=request.params.min_tokens,
+            marks=marks_of(
+                tool_parser=presentation.tool_parser,
+                reasoning_parser=presentation.reasoning_parser,
+            ),
         )
+        self._parser = OutputParser(presentation) if self.is_parsed else None
+        self._deltas: list[Delta] = []
 
     @property
     def is_over(self) -> bool:
         """Whether nothing more may come."""
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that it ended at, if it did."""
+        return self._detokenizer.stop_string
 
     @property
     def is_replaying(self) -> bool:
@@ -241,6 +275,7 @@ class ChoiceOutput:
             known = known._replace(finish=0)
         self.advance(known)
         self.take_logprobs()
+        self.take_deltas()
         has_ended = self.is_over or (row.finish and not rest.tokens)
         if has_ended and self.is_replaying:
             self.finish_reason = None
@@ -261,6 +296,54 @@ class ChoiceOutput:
     def advance(self, row: TokenRow) -> str:
         """Take in a row; give the text that it adds."""
         self.num_cached_tokens = self.num_cached_tokens or row.num_cached_tokens
+        if self._parser is not None:
+            self._advance_parsed(row, self._parser)
+            return ""
+        return self._advance(row)
+
+    def take_deltas(self) -> list[Delta]:
+        """What the text means, since the last call. Each piece is from one token."""
+        taken, self._deltas = self._deltas, []
+        return taken
+
+    def _advance_parsed(self, row: TokenRow, parser: OutputParser) -> None:
+        """The same token by token, so that the pieces do not depend on how tokens came.
+
+        That a last token is the last is told behind it: it may come with its token, or later.
+        """
+        if not row.finish and len(row.tokens) == 1:
+            self._parse(self._advance(row), parser)
+        else:
+            self._advance_by_tokens(row, parser)
+        if self.finish_reason is not None:
+            self._deltas += parser.finish()
+            if self.finish_reason == "stop" and parser.num_calls:
+                self.finish_reason = "tool_calls"
+
+    def _parse(self, text: str, parser: OutputParser) -> None:
+        """Find out what the text of one token means."""
+        if text:
+            self._deltas += parser.push(text)
+        self.num_reasoning_tokens += parser.is_thinking
+        if parser.is_stopped and not self.is_over:
+            self.finish_reason = "stop"
+
+    def _advance_by_tokens(self, row: TokenRow, parser: OutputParser) -> None:
+        ends_later = row.finish != FinishReason.STOP
+        last = len(row.tokens) - 1
+        for place in range(len(row.tokens)):
+            single = row._replace(
+                tokens=row.tokens[place : place + 1],
+                logprobs=row.logprobs[place : place + 1],
+                finish=0 if ends_later or place < last else row.finish,
+            )
+            self._parse(self._advance(single), parser)
+            if self.is_over:
+                break
+        if row.finish and not self.is_over:
+            self._deltas += parser.push(self._advance(row._replace(tokens=(), logprobs=())))
+
+    def _advance(self, row: TokenRow) -> str:
         if self.logprobs is not None and row.logprobs:
             return self._advance_with_logprobs(row, self.logprobs)
         text, num_tokens, is_stopped = self._detokenizer.push(row.tokens, row.finish)
@@ -303,6 +386,9 @@ class ChoiceOutput:
         return "".join(texts)
 
     def _end(self, finish: int) -> None:
+        if finish == FinishReason.CANCELLED and self._tells_cancellation:
+            self.finish_reason = "cancelled"
+            return
         outcome = finish_reason_or_error(FinishReason(finish))
         if isinstance(outcome, RequestError):
             self.error = outcome
@@ -316,11 +402,15 @@ class _CollectedChoice:
     def __init__(self, output: ChoiceOutput, text: str, collection: CollectedAnswer) -> None:
         self.output = output
         self._texts = [text]
+        self._tokens: list[int] = []
+        self._deltas: list[Delta] = []
         self._collection = collection
 
     def deliver(self, row: TokenRow, engine: str) -> None:  # noqa: ARG002
         """See ``Sink``."""
+        self._tokens += row.tokens
         self._texts.append(self.output.advance(row))
+        self._deltas += self.output.take_deltas()
         if self.output.is_over:
             self._collection.choice_over(self.output, has_ended=bool(row.finish))
 
@@ -333,12 +423,21 @@ class _CollectedChoice:
         """The complete choice."""
         output = self.output
         assert output.finish_reason is not None
+        text = "".join(self._texts)
+        if output.is_parsed:
+            text = put_together(self._deltas).content
         return Answer(
             index=output.index,
-            text="".join(self._texts),
+            text=text,
             num_tokens=output.num_tokens,
             finish_reason=output.finish_reason,
             logprobs=output.logprobs,
+            deltas=self._deltas,
+            num_reasoning_tokens=output.num_reasoning_tokens,
+            stop_string=output.stop_string,
+            request_id=output.request.request_id,
+            num_cached_tokens=output.num_cached_tokens,
+            token_ids=self._tokens[: output.num_tokens],
         )
 
 
@@ -369,6 +468,15 @@ class CollectedAnswer:
             self._requests.cancel_all()
         elif self._num_open == 0:
             self._over.set_result(None)
+
+    def raise_error(self) -> None:
+        """Raise what one of them could not go on for, if it is known already.
+
+        Raises:
+            RequestError: that.
+        """
+        if self._over.done():
+            self._over.result()
 
     async def wait(self) -> list[Answer]:
         """The choices in order.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Literal, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, TypeVar
 
 from aiohttp import hdrs, web
 
@@ -30,12 +31,22 @@ from understudy.protocol.openai import chat
 from understudy.protocol.openai.answer import system_fingerprint
 from understudy.protocol.openai.completions import (
     DEFAULT_MAX_TOKENS,
+    Completion,
     PromptInput,
     parse_completion,
 )
-from understudy.protocol.openai.presentation import Presentation, encode_presentation
+from understudy.protocol.openai.presentation import (
+    EndpointName,
+    Presentation,
+    encode_presentation,
+)
 from understudy.protocol.openai.sampling import Generation, ModelTraits, make_requests
+from understudy.protocol.openai.structured_output import Grammar, refuse_with_grammar
+from understudy.protocol.openai.tool_grammar import Thoughts, strict_grammar, tool_grammar
+from understudy.protocol.openai.tools import schema_of
 from understudy.protocol.request import Request
+from understudy.runtime.parsers.qwen3_coder import parameter_types
+from understudy.runtime.parsers.reasoning import FORMATS, begins_inside
 from understudy.runtime.served_model import ServedModel
 
 T = TypeVar("T")
@@ -44,16 +55,29 @@ INLINE_BYTES_MAX: Final = 16 << 10
 """Prompts of longer bodies are encoded on a thread, so that streams do not wait for them."""
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """What a body asks for, before it is settled who will hear of it."""
 
-    endpoint: Literal["chat", "completions"]
+    endpoint: EndpointName
     generation: Generation
     requests: Sequence[Request]
     """One for each choice, in order."""
     echoes: Sequence[str | None]
     """What each choice's text begins with; ``None`` if not with the prompt."""
     ignored: tuple[str, ...]
+    meaning: Mapping[str, Any] = MappingProxyType({})
+    """How the text is taken apart: fields of the presentation."""
+    repeated: bytes = b""
+    is_resumable: bool = False
+    """Whether it goes on without its client, whatever the headers say."""
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation as the model reads it."""
+
+    tokens: tuple[int, ...]
+    begins_in_reasoning: bool
+    """Whether the answer begins inside the model's thoughts."""
 
 
 class GenerationEndpoints:
@@ -99,28 +123,70 @@ class GenerationEndpoints:
 
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/chat/completions``."""
-        model = self._model()
-        raw = await self._read(http_request)
-        body = chat.parse_chat(raw, model)
-        generation = await self._with_grammar(body.generation)
-        prompt = await self._chat_prompt(body, model, size=len(raw))
+        raw = await self.read(http_request)
+        prepared = await self.prepare_chat(chat.parse_chat(raw, self.model()), size=len(raw))
+        return await self.answer(http_request, raw, prepared)
+
+    async def prepare_chat(
+        self,
+        body: chat.ChatCompletion,
+        *,
+        size: int,
+        endpoint: EndpointName = "chat",
+        repeated: bytes = b"",
+    ) -> Prepared:
+        """Make requests of a conversation, from whichever endpoint.
+
+        Args:
+            body: The conversation.
+            size: Of the body that it came in, in bytes.
+            endpoint: How it is to be answered.
+            repeated: What the answer says again of the request.
+
+        Raises:
+            InvalidRequest: and its kinds; ``param`` names the field.
+        """
+        model = self.model()
+        prompt = await self.chat_prompt(body, model, size=size)
+        generation = _with_calls(body, model, begins_in_reasoning=prompt.begins_in_reasoning)
+        generation = await self._with_grammar(generation)
         requests = make_requests(
-            generation, prompt, model, draw=self._draw, default_max_tokens=None
+            generation, prompt.tokens, model, draw=self._draw, default_max_tokens=None
         )
-        echoes = [None] * len(requests)
-        prepared = _Prepared("chat", generation, requests, echoes, body.ignored)
-        return await self._answer(http_request, raw, prepared)
+        return Prepared(
+            endpoint,
+            generation,
+            requests,
+            [None] * len(requests),
+            (*body.ignored, *self._unseen(body)),
+            meaning=_meaning(body, model, begins_in_reasoning=prompt.begins_in_reasoning),
+            repeated=repeated,
+        )
+
+    def _unseen(self, body: chat.ChatCompletion) -> tuple[str, ...]:
+        """Fields that do not reach the model, because its template has no place for them."""
+        template = self._served.chat_template
+        sees_tools = template is None or template.shows_tools or body.tool_use is None
+        return () if sees_tools else ("tools",)
 
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/completions``."""
-        model = self._model()
-        raw = await self._read(http_request)
-        body = parse_completion(raw, model)
+        raw = await self.read(http_request)
+        prepared = await self.prepare_completion(parse_completion(raw, self.model()), size=len(raw))
+        return await self.answer(http_request, raw, prepared)
+
+    async def prepare_completion(self, body: Completion, *, size: int) -> Prepared:
+        """Make requests of prompts that came in a body of this size.
+
+        Raises:
+            InvalidRequest: and its kinds; ``param`` names the field.
+        """
+        model = self.model()
         generation = await self._with_grammar(body.generation)
         requests: list[Request] = []
         echoes: list[str | None] = []
         for given in body.prompts:
-            prompt = await self._prompt(given, model, size=len(raw))
+            prompt = await self._prompt(given, model, size=size)
             requests += make_requests(
                 generation,
                 prompt,
@@ -133,8 +199,7 @@ class GenerationEndpoints:
             if body.echo:
                 echo = given if isinstance(given, str) else self._served.tokenizer.decode(given)
             echoes += [echo] * generation.n
-        prepared = _Prepared("completions", generation, requests, echoes, body.ignored)
-        return await self._answer(http_request, raw, prepared)
+        return Prepared("completions", generation, requests, echoes, body.ignored)
 
     async def _with_grammar(self, generation: Generation) -> Generation:
         """What a body asks for, with its grammar checked and settled."""
@@ -144,11 +209,17 @@ class GenerationEndpoints:
         sampling = dataclasses.replace(generation.sampling, grammar=text)
         return dataclasses.replace(generation, sampling=sampling)
 
-    def _model(self) -> ModelTraits:
+    def model(self) -> ModelTraits:
+        """What requests are checked against."""
         return self._served.traits(max_model_len=self._cluster().max_model_len)
 
-    async def _read(self, http_request: web.Request) -> bytes:
-        """The body, if it is one that can be JSON."""
+    async def read(self, http_request: web.Request) -> bytes:
+        """The body, if it is one that can be JSON.
+
+        Raises:
+            InvalidRequest: it is not, or did not come in time.
+            PayloadTooLarge: it is too large.
+        """
         has_type = hdrs.CONTENT_TYPE in http_request.headers
         if has_type and http_request.content_type != "application/json":
             raise InvalidRequest("the content type must be application/json")
@@ -165,28 +236,40 @@ class GenerationEndpoints:
         except web.RequestPayloadError as error:
             raise InvalidRequest(f"the body cannot be read: {error}") from None
 
-    async def _chat_prompt(
+    async def chat_prompt(
         self, body: chat.ChatCompletion, model: ModelTraits, *, size: int
-    ) -> tuple[int, ...]:
+    ) -> ChatPrompt:
+        """A conversation of a body of this size, as the model reads it.
+
+        Raises:
+            InvalidRequest: the template refuses it, or it does not fit the context.
+        """
         template = self._served.chat_template
         if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions", param="messages"
             )
 
-        def render_and_encode() -> list[int]:
+        def render_and_encode() -> tuple[str, list[int]]:
             text = template.render(
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
+                tools=None if body.tool_use is None else body.tool_use.shown(),
                 kwargs=body.template_kwargs,
             )
-            return self._encode(text, model, add_special_tokens=False)
+            return text, self._encode(text, model, add_special_tokens=False)
 
-        prompt = await self._run(render_and_encode, size=size)
+        text, prompt = await self._run(render_and_encode, size=size)
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="messages")
-        return self._checked(prompt, model)
+        begins_in_reasoning = False
+        if model.reasoning_parser:
+            begun = body.messages[-1]["content"] if body.continue_final_message else None
+            begins_in_reasoning = begins_inside(
+                model.reasoning_parser, text, begun=begun if isinstance(begun, str) else None
+            )
+        return ChatPrompt(self._checked(prompt, model), begins_in_reasoning)
 
     async def _prompt(
         self, given: PromptInput, model: ModelTraits, *, size: int
@@ -194,10 +277,7 @@ class GenerationEndpoints:
         if not isinstance(given, str):
             return given
 
-        def encode() -> list[int]:
-            return self._encode(given, model, add_special_tokens=True)
-
-        prompt = await self._run(encode, size=size)
+        prompt = await self.encode(given, model, size=size, add_special_tokens=True)
         if not prompt:
             # An empty prompt begins a text, or follows the end of one.
             tokenizer = self._served.tokenizer
@@ -206,6 +286,20 @@ class GenerationEndpoints:
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
         return self._checked(prompt, model)
+
+    async def encode(
+        self, text: str, model: ModelTraits, *, size: int, add_special_tokens: bool
+    ) -> list[int]:
+        """The tokens of a text, from a body of this size.
+
+        Raises:
+            ContextLengthExceeded: they are more than the context by far.
+        """
+
+        def encode() -> list[int]:
+            return self._encode(text, model, add_special_tokens=add_special_tokens)
+
+        return await self._run(encode, size=size)
 
     def _encode(self, text: str, model: ModelTraits, *, add_special_tokens: bool) -> list[int]:
         fewest = self._served.tokenizer.fewest_tokens(text)
@@ -229,14 +323,21 @@ class GenerationEndpoints:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
 
-    async def _answer(
-        self, http_request: web.Request, raw: bytes, prepared: _Prepared
+    async def answer(
+        self, http_request: web.Request, raw: bytes, prepared: Prepared
     ) -> web.StreamResponse:
         """Submit and answer a call, or join the one that it repeats."""
+        try:
+            return await self._answers.answer(http_request, self.call(http_request, raw, prepared))
+        except AlreadySubmitted as submitted:
+            original_group_id = submitted.original_group_id
+        return await self._streams.join(http_request, original_group_id, prepared.ignored)
+
+    def call(self, http_request: web.Request, raw: bytes, prepared: Prepared) -> Call:
+        """A call, with all that is needed to answer it here or elsewhere."""
         key = idempotency_key(http_request)
-        presentations = self._presentations(
-            prepared, is_resumable=bool(key) or is_resumable_call(http_request)
-        )
+        is_resumable = prepared.is_resumable or bool(key) or is_resumable_call(http_request)
+        presentations = self._presentations(prepared, is_resumable=is_resumable)
         digest = body_digest(http_request, raw) if key else b""
         requests = [
             dataclasses.replace(
@@ -248,19 +349,14 @@ class GenerationEndpoints:
             )
             for request, presentation in zip(prepared.requests, presentations, strict=True)
         ]
-        call = Call(
+        return Call(
             requests=requests,
             presentations=presentations,
             echoes=[echo or "" for echo in prepared.echoes],
             ignored=prepared.ignored,
         )
-        try:
-            return await self._answers.answer(http_request, call)
-        except AlreadySubmitted as submitted:
-            original_group_id = submitted.original_group_id
-        return await self._streams.join(http_request, original_group_id, prepared.ignored)
 
-    def _presentations(self, prepared: _Prepared, *, is_resumable: bool) -> list[Presentation]:
+    def _presentations(self, prepared: Prepared, *, is_resumable: bool) -> list[Presentation]:
         """How each choice will be answered, here or elsewhere."""
         generation = prepared.generation
         created = int(self._wall_clock())
@@ -290,6 +386,71 @@ class GenerationEndpoints:
                     echoes_prompt=echo is not None,
                     echo=kept_echo,
                     system_fingerprint=fingerprint,
+                    repeated=prepared.repeated,
+                    **prepared.meaning,
                 )
             )
         return presentations
+
+
+def _meaning(
+    body: chat.ChatCompletion, model: ModelTraits, *, begins_in_reasoning: bool
+) -> dict[str, Any]:
+    """How the text of an answer is to be taken apart."""
+    meaning: dict[str, Any] = {}
+    if model.reasoning_parser:
+        meaning["reasoning_parser"] = model.reasoning_parser
+        meaning["begins_in_reasoning"] = begins_in_reasoning
+    if body.tool_use is not None:
+        meaning["tool_parser"] = model.tool_parser
+        meaning["calls_max"] = body.tool_use.calls_max
+        meaning["tools"] = _known_tools(body, model.tool_parser)
+    return meaning
+
+
+def _known_tools(body: chat.ChatCompletion, tool_parser: str) -> dict[str, dict[str, str]]:
+    """What a parser has to know of the tools: their names, or also their types, or nothing."""
+    assert body.tool_use is not None
+    tools = body.tool_use.callable_tools
+    match tool_parser:
+        case "qwen3_coder":
+            return {tool.name: parameter_types(schema_of(tool)) for tool in tools}
+        case "llama3_json" | "pythonic":
+            return {tool.name: {} for tool in tools}
+        case _:
+            return {}
+
+
+def _with_calls(
+    body: chat.ChatCompletion, model: ModelTraits, *, begins_in_reasoning: bool
+) -> Generation:
+    """What a body asks for, with the grammar of the calls that it wants or allows.
+
+    A call that must be made comes before a form that the answer should have; that form comes before
+    the grammar of calls that may be made.
+    """
+    use, generation = body.tool_use, body.generation
+    if use is None or (generation.grammar is not None and not use.is_forced):
+        return generation
+    text = (tool_grammar if use.is_forced else strict_grammar)(
+        use,
+        model.tool_parser,
+        mark_ids=dict(model.mark_ids),
+        thoughts=_thoughts(model, begins_inside=begins_in_reasoning),
+    )
+    if not text:
+        return generation
+    sampling = generation.sampling
+    refuse_with_grammar(
+        min_tokens=sampling.min_tokens,
+        ignores_eos=not set(model.eos_token_ids) <= set(sampling.stop_token_ids),
+    )
+    return dataclasses.replace(generation, grammar=Grammar(text, "tools"))
+
+
+def _thoughts(model: ModelTraits, *, begins_inside: bool) -> Thoughts | None:
+    """What may stand before a call that is forced."""
+    if not model.reasoning_parser:
+        return None
+    form = FORMATS[model.reasoning_parser]
+    return Thoughts(form.opening, form.closing, is_open=begins_inside)

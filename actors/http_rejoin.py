@@ -33,14 +33,19 @@ IDEMPOTENCY_KEY_HEADER: Final = "Idempotency-Key"
 IDEMPOTENCY_KEY_LENGTH_MAX: Final = 256
 RESUMABLE_HEADER: Final = "X-Resumable"
 
+JOINABLE: Final = frozenset({"chat", "completions"})
+"""Endpoints whose events say with their ids how far a stream is."""
+
 _NO_STREAM: Final = "there is no such stream (any more), or no such position in it"
 
 
-class _FoundCall(NamedTuple):
+class FoundCall(NamedTuple):
     """A call, and how long the output of each choice was when it was found."""
 
     call: Call
     lengths: Sequence[int]
+    finishes: Sequence[int]
+    """How each ended, or 0."""
 
 
 class StreamEndpoints:
@@ -80,13 +85,15 @@ class StreamEndpoints:
             raise NotFound(_NO_STREAM)
         tenant = tenant_of(http_request)
         positions = _positions_asked(http_request, stream_id.group_id)
-        found = await self._find(stream_id.group_id, tenant)
+        found = await self.find(stream_id.group_id, tenant)
         if positions is not None and _is_beyond(positions, found):
             # The answer may be older than this question, if another client asked just before.
-            found = await self._find(stream_id.group_id, tenant)
+            found = await self.find(stream_id.group_id, tenant)
         if found is None or (positions is not None and _is_beyond(positions, found)):
             raise NotFound(_NO_STREAM)
         call = found.call
+        if call.first.endpoint not in JOINABLE:
+            raise NotFound(_NO_STREAM)
         if stream_id.prefix not in {None, call.endpoint.id_prefix}:
             raise NotFound(_NO_STREAM)
         is_resumable = call.first.is_resumable or is_resumable_call(http_request)
@@ -106,14 +113,18 @@ class StreamEndpoints:
         Raises:
             Unavailable: the call that came before cannot be joined.
         """
-        found = await self._find(group_id, tenant_of(http_request))
+        found = await self.find(group_id, tenant_of(http_request))
         if found is None:
             raise Unavailable("the answer to this idempotency key is not there (any more)")
         return await self._answers.answer(
             http_request, dataclasses.replace(found.call, ignored=ignored)
         )
 
-    async def _find(self, group_id: int, tenant: str) -> _FoundCall | None:
+    async def settled(self, http_request: web.Request, group_id: int) -> None:
+        """Wait until what was submitted before is known to the supervisor, or refused."""
+        await self.find(group_id, tenant_of(http_request))
+
+    async def find(self, group_id: int, tenant: str) -> FoundCall | None:
         """The call that a group is, if it is there, complete, and this tenant's."""
         answer: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
 
@@ -184,7 +195,7 @@ def _positions_asked(http_request: web.Request, group_id: int) -> tuple[int, ...
     return asked.positions
 
 
-def _is_beyond(positions: Sequence[int], found: _FoundCall | None) -> bool:
+def _is_beyond(positions: Sequence[int], found: FoundCall | None) -> bool:
     """Whether nobody can have been told so much."""
     return (
         found is None
@@ -193,28 +204,29 @@ def _is_beyond(positions: Sequence[int], found: _FoundCall | None) -> bool:
     )
 
 
-def _found_call(found: Found, tokenizer: Tokenizer) -> _FoundCall | None:
+def _found_call(found: Found, tokenizer: Tokenizer) -> FoundCall | None:
     """What was found, as a call; ``None`` if some of its choices are forgotten already.
 
     Raises:
         InternalError: its presentations do not fit together.
     """
-    if len(found.lengths) != len(found.requests):
+    finishes = found.finishes or (0,) * len(found.requests)
+    if not len(found.lengths) == len(finishes) == len(found.requests):
         raise InternalError("the supervisor is of another version")
     parts = sorted(
         (
-            (decode_presentation(request.presentation), request, length)
-            for request, length in zip(found.requests, found.lengths, strict=True)
+            (decode_presentation(request.presentation), request, length, finish)
+            for request, length, finish in zip(found.requests, found.lengths, finishes, strict=True)
         ),
         key=lambda part: part[0].index,
     )
-    presentations = [presentation for presentation, _, _ in parts]
+    presentations = [part[0] for part in parts]
     first = presentations[0]
     if len(parts) < first.num_choices:
         return None
     if [one.index for one in presentations] != list(range(first.num_choices)):
         raise InternalError("the stream's presentations contradict each other")
-    requests = [request for _, request, _ in parts]
+    requests = [part[1] for part in parts]
     echoes = [
         _echo(presentations[index - index % first.n], request, tokenizer)
         for index, request in enumerate(requests)
@@ -225,7 +237,7 @@ def _found_call(found: Found, tokenizer: Tokenizer) -> _FoundCall | None:
         echoes=echoes,
         positions=[0] * len(requests),
     )
-    return _FoundCall(call, [length for _, _, length in parts])
+    return FoundCall(call, [part[2] for part in parts], [part[3] for part in parts])
 
 
 def _echo(presentation: Presentation, request: Request, tokenizer: Tokenizer) -> str:

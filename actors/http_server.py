@@ -6,7 +6,6 @@ Every answer that is not a success is an error object in OpenAI's form, those of
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
 import math
 import random
@@ -25,18 +24,23 @@ from understudy.actors.grammar_checks import GrammarChecks
 from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
+from understudy.actors.http_messages import PATH as ANTHROPIC_PATH
+from understudy.actors.http_messages import MessageEndpoints
+from understudy.actors.http_native import NativeEndpoints
 from understudy.actors.http_rejoin import StreamEndpoints
+from understudy.actors.http_responses import ResponseEndpoints
+from understudy.actors.http_routes import Endpoints, add_routes, routes
+from understudy.actors.http_status import StatusEndpoints
+from understudy.actors.http_tokenization import TokenizationEndpoints
+from understudy.protocol.anthropic.messages import error_body
 from understudy.protocol.errors import (
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
-    ModelNotFound,
     NotFound,
     PayloadTooLarge,
     RequestError,
-    Unavailable,
 )
-from understudy.protocol.openai.models import model_list, model_object
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.listening import BACKLOG
 from understudy.runtime.log import get_logger
@@ -101,16 +105,17 @@ async def serve_http(
     app[_IS_LEAVING] = asyncio.Event()
     app.on_response_prepare.append(_add_request_id)
     app.on_response_prepare.append(_say_farewell)
-    status = _StatusEndpoints(port, served)
-    app.router.add_post("/v1/chat/completions", generation.chat_completions)
-    app.router.add_post("/v1/completions", generation.completions)
-    app.router.add_get("/v1/streams/{id}", streams.stream, allow_head=False)
-    app.router.add_get("/v1/models", status.models)
-    app.router.add_get("/v1/models/{model:.+}", status.model)
-    app.router.add_get("/health", status.ready)
-    app.router.add_get("/ready", status.ready)
-    app.router.add_get("/live", status.live)
-    app.router.add_get("/version", status.version)
+    status = StatusEndpoints(port, served)
+    endpoints = Endpoints(
+        generation=generation,
+        responses=ResponseEndpoints(port, served, generation, answers, streams),
+        messages=MessageEndpoints(generation),
+        tokenization=TokenizationEndpoints(served, generation),
+        native=NativeEndpoints(port, wake, generation, answers, streams, clock=clock),
+        streams=streams,
+        status=status,
+    )
+    add_routes(app.router, routes(endpoints, version=status.server_version))
 
     async def stop(_: web.Application) -> None:
         await answers.stop()
@@ -160,64 +165,6 @@ def _is_our_fault(record: logging.LogRecord) -> bool:
     return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
 
 
-class _StatusEndpoints:
-    """What is served, and whether it can be."""
-
-    def __init__(self, port: RequestPort, served: ServedModel) -> None:
-        self._port = port
-        self._served = served
-        try:
-            self._version = importlib.metadata.version("understudy")
-        except importlib.metadata.PackageNotFoundError:
-            self._version = "unknown"  # run from a tree that was never installed
-
-    async def models(self, _: web.Request) -> web.Response:
-        """Answer ``GET /v1/models``."""
-        return json_response(model_list(self._model()))
-
-    async def model(self, http_request: web.Request) -> web.Response:
-        """Answer ``GET /v1/models/{model}``."""
-        name = http_request.match_info["model"]
-        if name != self._served.name:
-            raise ModelNotFound(f"the model {name[:64]!r} is not served here", param="model")
-        return json_response(self._model())
-
-    async def live(self, _: web.Request) -> web.Response:
-        """Answer ``GET /live``: this process runs."""
-        return json_response({"status": "alive"})
-
-    async def ready(self, _: web.Request) -> web.Response:
-        """Answer ``GET /ready`` and ``GET /health``: a request sent now would be served."""
-        cluster = self._port.cluster
-        if not self._port.is_connected:
-            raise Unavailable("the supervisor cannot be reached")
-        if cluster.is_draining:
-            raise Unavailable("draining")
-        if cluster.engines_serving == 0:
-            raise Unavailable(f"none of {cluster.engines_known} engines is serving")
-        return json_response(
-            {
-                "status": "ready",
-                "engines_serving": cluster.engines_serving,
-                "engines_known": cluster.engines_known,
-            }
-        )
-
-    async def version(self, _: web.Request) -> web.Response:
-        """Answer ``GET /version``."""
-        return json_response({"version": self._version})
-
-    def _model(self) -> dict[str, object]:
-        served = self._served
-        traits = served.traits(max_model_len=self._port.cluster.max_model_len)
-        return model_object(
-            served.name,
-            created=served.created,
-            root=served.directory.name,
-            max_model_len=traits.max_model_len,
-        )
-
-
 def _error_middleware(chance: random.Random) -> Middleware:
     """Turns what handlers raise into error objects, and names the request on every answer."""
 
@@ -227,9 +174,9 @@ def _error_middleware(chance: random.Random) -> Middleware:
         try:
             return await handler(request)
         except RequestError as error:
-            return _error_response(error, chance)
+            return _error_response(request, error, chance)
         except web.HTTPException as error:
-            response = _error_response(_own_error(error), chance, status=error.status)
+            response = _error_response(request, _own_error(error), chance, status=error.status)
             if hdrs.ALLOW in error.headers:
                 response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
             return response
@@ -237,7 +184,7 @@ def _error_middleware(chance: random.Random) -> Middleware:
             raise  # the client is gone; aiohttp knows what to do
         except Exception:  # noqa: BLE001 - the outermost frame of a call
             get_logger().exception("a request failed", path=request.path)
-            return _error_response(InternalError("the gateway failed"), chance)
+            return _error_response(request, InternalError("the gateway failed"), chance)
 
     return answer
 
@@ -258,7 +205,11 @@ def _own_error(error: web.HTTPException) -> RequestError:
 
 
 def _error_response(
-    error: RequestError, chance: random.Random, *, status: int | None = None
+    http_request: web.Request,
+    error: RequestError,
+    chance: random.Random,
+    *,
+    status: int | None = None,
 ) -> web.Response:
     """An error object; with it, where a retry can help, when to come back.
 
@@ -273,7 +224,10 @@ def _error_response(
         headers["retry-after-ms"] = str(math.ceil(1e3 * retry_after_s))
     if not error.should_retry:
         headers["x-should-retry"] = "false"
-    return json_response(error.body(), status=status, headers=headers)
+    body = error.body()
+    if http_request.path.startswith(ANTHROPIC_PATH):
+        body = error_body(error, request_id=http_request[_REQUEST_ID])
+    return json_response(body, status=status, headers=headers)
 
 
 def _request_id(http_request: web.Request, chance: random.Random) -> str:

@@ -17,7 +17,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from aiohttp import HttpVersion11, web
 
@@ -158,6 +158,19 @@ class _StreamedChoice:
             self._is_plain = False
 
 
+class SinkOfStream(Sink, Protocol):
+    """What a stream asks of its choices."""
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the client knows what comes next."""
+        ...
+
+    def flush(self) -> None:
+        """Write what is held."""
+        ...
+
+
 class EventStream:
     """One call's stream of events, for all its choices.
 
@@ -167,6 +180,7 @@ class EventStream:
         headers: Further headers of the response.
         keep_alive_s: How often a comment is sent, whatever else is.
         write_timeout_s: How long a client may leave no room before it is given up.
+        shape_error: Gives the event that ends a stream which cannot go on.
 
     Attributes:
         is_flowing: Whether chunks may be written as they come. Else they are held.
@@ -180,13 +194,15 @@ class EventStream:
         headers: dict[str, str],
         keep_alive_s: float,
         write_timeout_s: float,
+        shape_error: Callable[[RequestError], bytes] = error_event,
     ) -> None:
         self._http_request = http_request
         self._requests = requests
         self._response = web.StreamResponse(headers={**_HEADERS, **headers})
         self._keep_alive_s = keep_alive_s
         self._write_timeout_s = write_timeout_s
-        self._choices: list[_StreamedChoice] = []
+        self._shape_error = shape_error
+        self._choices: list[SinkOfStream] = []
         self._num_open = 0
         self._error: RequestError | None = None
         self._news = asyncio.Event()
@@ -198,14 +214,19 @@ class EventStream:
         self._protocol = http_request.protocol
         self.is_flowing = False
 
+    def add_sink(self, choice: SinkOfStream) -> Sink:
+        """Add a choice that writes by itself."""
+        self._choices.append(choice)
+        self._num_open += 1
+        return choice
+
     def add(
         self, output: ChoiceOutput, text: str, encoder: ChunkEncoder, *, reports_usage: bool
     ) -> Sink:
         """Add a choice whose text begins with ``text``; give its sink."""
-        choice = _StreamedChoice(output, text, encoder, self, reports_usage=reports_usage)
-        self._choices.append(choice)
-        self._num_open += 1
-        return choice
+        return self.add_sink(
+            _StreamedChoice(output, text, encoder, self, reports_usage=reports_usage)
+        )
 
     async def run(self, last_event: Callable[[], bytes]) -> web.StreamResponse:
         """Stream until all choices are over, and then what ``last_event`` gives.
@@ -228,14 +249,14 @@ class EventStream:
         if not is_early:
             self.write(KEEP_ALIVE)
         try:
-            if await self._stream():
-                self.write(last_event())
+            if await self._stream() and (last := last_event()):
+                self.write(last)
         except ConnectionError:
             pass  # the client is gone: aiohttp finds out when it ends the response
         except Exception:  # noqa: BLE001 - the outermost frame of a call
             get_logger().exception("a stream failed")
             if not self._transport.is_closing():
-                self.write(error_event(InternalError("the gateway failed")))
+                self.write(self._shape_error(InternalError("the gateway failed")))
         finally:
             self.is_flowing = False
         return self._response
@@ -284,7 +305,7 @@ class EventStream:
             for choice in self._choices:
                 choice.flush()
             if self._error is not None:
-                self.write(error_event(self._error))
+                self.write(self._shape_error(self._error))
                 return False
             if self._num_open == 0:
                 return True

@@ -158,6 +158,8 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
         config.model,
         name=config.served_model_name,
         max_model_len=config.max_model_len,
+        tool_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
     )
     listener = open_listener(config.host, config.port, listen_fd)
     address = address_of(listener)

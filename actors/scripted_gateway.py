@@ -13,13 +13,21 @@ from typing import Final
 
 from understudy.actors.gateway import Sink
 from understudy.protocol.errors import AlreadySubmitted, IdempotencyMismatch, RequestError
-from understudy.protocol.messages import ClusterState, Found
+from understudy.protocol.messages import ClusterState, Found, TimelineRequest, Timelines
 from understudy.protocol.request import (
     FinishReason,
     Request,
     TokenLogprobs,
     TokenRow,
     extend_prefix_hash,
+)
+from understudy.protocol.timeline import (
+    ASSIGNED,
+    BEGUN,
+    ENDED,
+    QUEUED,
+    RequestTimeline,
+    TimelineEvent,
 )
 
 SERVING: Final = ClusterState(engines_serving=1, engines_known=1, max_model_len=0)
@@ -175,11 +183,47 @@ class ScriptedGateway:
         found: Callable[[Found | None], None],
         now: float,  # noqa: ARG002
     ) -> None:
-        """See ``Gateway``."""
+        """See ``Gateway``. The answer comes behind refusals of what was submitted before."""
         group = [one for one in self._groups.get(group_id, []) if one.request.tenant == tenant]
         requests = tuple(scripted.request for scripted in group)
         lengths = tuple(len(scripted.tokens) for scripted in group)
-        found(Found(group_id, tenant, requests, lengths) if self.is_connected else None)
+        finishes = tuple(scripted.finish for scripted in group)
+        answer = Found(group_id, tenant, requests, lengths, finishes)
+        told = answer if self.is_connected else None
+        asyncio.get_running_loop().call_soon(found, told)
+
+    def timelines(
+        self,
+        asked: TimelineRequest,
+        told: Callable[[Timelines | None], None],
+        now: float,  # noqa: ARG002
+    ) -> None:
+        """See ``Gateway``. Time stands still here: each event is a second after the one before."""
+        groups = (
+            [self._groups.get(asked.group_id, [])]
+            if asked.group_id
+            else [*reversed(self._groups.values())]
+        )
+        found = [
+            _timeline(scripted)
+            for group in groups
+            for scripted in group
+            if scripted.request.tenant == asked.tenant
+        ]
+        answer = Timelines(
+            asked.tenant, asked.group_id, asked.requests_max, tuple(found[: asked.requests_max])
+        )
+        told(answer if self.is_connected else None)
+
+    def end_group(self, group_id: int, tenant: str, *, is_forgotten: bool = False) -> None:
+        """See ``Gateway``."""
+        if not self.is_connected:
+            return
+        for scripted in list(self._groups.get(group_id, [])):
+            if scripted.request.tenant == tenant and not scripted.finish:
+                self.deliver(scripted.request, finish=FinishReason.CANCELLED, engine="")
+        if is_forgotten:
+            self._groups.pop(group_id, None)
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:  # noqa: ARG002
         """See ``Gateway``."""
@@ -291,3 +335,23 @@ class ScriptedGateway:
                 loop.call_soon(step)
 
         loop.call_soon(step)
+
+
+def _timeline(scripted: _Scripted) -> RequestTimeline:
+    request = scripted.request
+    happened = [QUEUED, ASSIGNED]
+    happened += [BEGUN] if scripted.tokens else []
+    happened += [ENDED] if scripted.finish else []
+    events = tuple(TimelineEvent(float(second), what) for second, what in enumerate(happened))
+    return RequestTimeline(
+        request.request_id,
+        request.group_id,
+        len(request.prompt),
+        len(scripted.tokens),
+        0,
+        0,
+        0,
+        scripted.finish,
+        "",
+        events,
+    )

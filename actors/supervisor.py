@@ -22,9 +22,8 @@ from understudy.protocol.messages import (
     DrainReply,
     DrainRequest,
     Dying,
-    EngineStatus,
+    EndGroup,
     Fenced,
-    GatewayStatus,
     Heartbeat,
     Hello,
     Inventory,
@@ -42,9 +41,11 @@ from understudy.protocol.messages import (
     StatusRequest,
     StepOutput,
     Submit,
+    TimelineRequest,
     Welcome,
 )
 from understudy.protocol.request import Request, TokenRow
+from understudy.protocol.status import EngineStatus, GatewayStatus
 from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.canary import CANARY_WITHIN_S, canary_request
 from understudy.runtime.control.company import Company
@@ -241,6 +242,10 @@ class Supervisor:
                 self._dispatcher.reclaim(held, identity, now)
             case Lookup(group_id, tenant):
                 self._dispatcher.look_up(group_id, tenant, identity)
+            case TimelineRequest():
+                self._dispatcher.timelines(message, identity)
+            case EndGroup(group_id, tenant, is_forgotten):
+                self._dispatcher.end_group(group_id, tenant, now, is_forgotten=is_forgotten)
             case Dying():
                 self._bury(gateway, now)
             case _:

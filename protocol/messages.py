@@ -11,6 +11,7 @@ Who says what to whom::
     supervisor ──Fenced──▶ any actor                     the session is over: say Hello again
     gateway ──Submit/Cancel──▶ supervisor ──Accepted/Rejected/Deliver/Failed──▶ gateway
     gateway ──Reclaim/Attach/Lookup──▶ supervisor ──Deliver/Failed/Found──▶ gateway
+    gateway ──EndGroup/TimelineRequest──▶ supervisor ──Timelines──▶ gateway
     gateway ──ResetPrefixCache──▶ supervisor ──ResetPrefixCache──▶ engine
     supervisor ──Assign/Cancel──▶ engine ──StepOutput/Inventory/Refused──▶ supervisor
     engine ──Dying──▶ supervisor;  launcher ──ProcessExited──▶ supervisor
@@ -30,6 +31,8 @@ from enum import IntEnum
 from typing import Final, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 
 from understudy.protocol.request import Request, TokenRow
+from understudy.protocol.status import EngineStatus, GatewayStatus
+from understudy.protocol.timeline import RequestTimeline
 
 T = TypeVar("T")
 
@@ -81,41 +84,6 @@ class Capacity(NamedTuple):
     max_model_len: int
     num_blocks: int
     block_size: int
-
-
-class EngineStatus(NamedTuple):
-    """One engine as the supervisor sees it."""
-
-    name: str
-    state: str
-    """``serving``, ``testing``, ``draining``, ``dead``, or ``broken``: it stays down."""
-    pid: int
-    epoch: int
-    restarts: int
-    running: int
-    waiting: int
-    outstanding: int
-    blocks_free: int
-    blocks_total: int
-    step: int
-    beat_age_s: float
-    numerics: str = ""
-    """The class of its numerics."""
-    num_shed: int = 0
-    """Steps that did not fit its memory, and were planned anew."""
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    """Of the drafted tokens."""
-
-
-class GatewayStatus(NamedTuple):
-    """One gateway as the supervisor sees it."""
-
-    name: str
-    pid: int
-    address: str
-    streams: int
-    beat_age_s: float
 
 
 @message(1, datagram=True)
@@ -314,6 +282,8 @@ class Found:
     requests: tuple[Request, ...]
     lengths: tuple[int, ...] = ()
     """How long the output of each request is at this moment."""
+    finishes: tuple[int, ...] = ()
+    """How each has ended, or 0."""
 
 
 @message(26)
@@ -367,6 +337,39 @@ class Refused:
 @message(36)
 class ResetPrefixCache:
     """Forget every computed prefix: from a gateway, and from the supervisor to each engine."""
+
+
+@message(40)
+class EndGroup:
+    """A client wants an end of its call, whoever listens; or that nobody hears of it again."""
+
+    group_id: int
+    tenant: str
+    is_forgotten: bool = False
+
+
+@message(41)
+class TimelineRequest:
+    """A gateway asks what became of a group's requests, or of the tenant's latest ones."""
+
+    tenant: str
+    group_id: int
+    """0: the latest, of whatever group."""
+    requests_max: int = 128
+
+    def answer(self, timelines: tuple[RequestTimeline, ...]) -> Timelines:
+        """The answer to it."""
+        return Timelines(self.tenant, self.group_id, self.requests_max, timelines)
+
+
+@message(42)
+class Timelines:
+    """What became of requests, the latest first; answers a ``TimelineRequest`` of these fields."""
+
+    tenant: str
+    group_id: int
+    requests_max: int
+    timelines: tuple[RequestTimeline, ...]
 
 
 @message(48, datagram=True)
@@ -460,6 +463,9 @@ Message: TypeAlias = (
     | Lookup
     | Found
     | Duplicate
+    | EndGroup
+    | TimelineRequest
+    | Timelines
     | Assign
     | Inventory
     | StepOutput

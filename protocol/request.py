@@ -122,6 +122,8 @@ class TokenRow(NamedTuple):
     num_cached_tokens: int = 0
     """Tokens of the prompt that the request's first engine found in its cache. Told with the first
     token, and to whoever joins late; 0 in all other rows."""
+    num_draft_tokens: int = 0
+    """How many tokens were guessed in this step; all of ``tokens`` but the last came true."""
 
 
 def extend_prefix_hash(prefix_hash: int, tokens: tuple[int, ...] | list[int]) -> int:

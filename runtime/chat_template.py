@@ -41,9 +41,15 @@ class ChatTemplate:
     Args:
         source: The template.
         special_tokens: The model's named special tokens, which templates may print.
+
+    Attributes:
+        source: The template.
+        shows_tools: Whether it has a place for tools.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self.shows_tools = "tools" in source
         self._template = _environment().from_string(source)
         self._special_tokens = dict(special_tokens)
         self._knows_developer = "developer" in source
@@ -77,6 +83,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The text for a conversation.
@@ -87,6 +94,7 @@ class ChatTemplate:
                 template does not know it; parts become one string where it cannot read them.
             add_generation_prompt: Whether the model's turn is opened at the end.
             continue_final_message: Whether the text stops inside the last message.
+            tools: What the model may call.
             kwargs: Further variables for the template.
 
         Raises:
@@ -96,7 +104,9 @@ class ChatTemplate:
         if continue_final_message:
             _mark_end(shown[-1])
         try:
-            text = self._render(shown, add_generation_prompt=add_generation_prompt, **kwargs or {})
+            text = self._render(
+                shown, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs or {}
+            )
         except _RENDER_ERRORS as error:
             raise InvalidRequest(
                 f"the model's chat template does not take these messages: {error}",

@@ -99,6 +99,10 @@ class GatewayConfig:
     max_model_len: int | None
     shutdown_timeout_s: float
     """How long open streams may go on when the gateway is told to stop."""
+    tool_call_parser: str | None = None
+    """The format in which the model calls tools; ``None``: it cannot be given any."""
+    reasoning_parser: str | None = None
+    """The format in which the model thinks; ``None``: thoughts are not told from the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,10 +81,12 @@ class Detokenizer:
         stop: Strings at which the text ends.
         include_stop: Whether the stop string, or the stop token, is itself part of the text.
         min_tokens: Stop strings are looked for behind so many tokens.
+        marks: Special tokens that the text shows.
 
     Attributes:
         num_characters: The length of the text of all tokens so far, given out or held back. A
             character that is not whole yet does not count.
+        stop_string: What the text ended at, once it has.
     """
 
     __slots__ = (
@@ -97,6 +99,7 @@ class Detokenizer:
         "_pieces",
         "_stop",
         "num_characters",
+        "stop_string",
     )
 
     def __init__(
@@ -107,8 +110,9 @@ class Detokenizer:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        marks: frozenset[str] = frozenset(),
     ) -> None:
-        self._pieces: Mapping[int, str | bytes] = tokenizer.pieces
+        self._pieces: Mapping[int, str | bytes] = tokenizer.pieces_showing(marks)
         self._drops_space = tokenizer.drops_first_space and not any(
             self._pieces[token] for token in prompt
         )
@@ -119,6 +123,7 @@ class Detokenizer:
         self._num_tokens = 0
         self._held = ""
         self.num_characters = 0
+        self.stop_string: str | None = None
 
     def push(self, tokens: Sequence[int], finish: int = 0) -> TextDelta:
         """Add the next tokens; ``finish`` as in a ``TokenRow``.
@@ -187,6 +192,7 @@ class Detokenizer:
         match = stop.find(window)
         if match is not None:
             self._held = ""
+            self.stop_string = window[match.start : match.end]
             end = match.end if self._include_stop else match.start
             return Searched(window[:end], is_stopped=True)
         cut = len(window) - stop.held_length(window)

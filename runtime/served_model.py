@@ -11,6 +11,7 @@ from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.openai.sampling import ModelTraits
 from understudy.runtime.chat_template import ChatTemplate
 from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.parsers.output_parser import marks_of
 from understudy.runtime.tokenizer import Tokenizer, read_settings
 
 N = TypeVar("N", int, float)
@@ -29,10 +30,20 @@ class ServedModel:
     """The longest prompt and answer together, in tokens."""
     created: int
     """When it was read, in seconds since 1970."""
+    tool_parser: str = ""
+    """The format in which the model calls tools; empty: none that is known."""
+    reasoning_parser: str = ""
+    """The format in which it thinks before it answers."""
 
     @classmethod
     def from_directory(
-        cls, directory: Path, *, name: str, max_model_len: int | None
+        cls,
+        directory: Path,
+        *,
+        name: str,
+        max_model_len: int | None,
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
     ) -> ServedModel:
         """Read a model directory; ``max_model_len`` ``None`` is as long as the model can.
 
@@ -59,11 +70,14 @@ class ServedModel:
             chat_template=template,
             max_model_len=max_model_len or longest,
             created=int(time.time()),
+            tool_parser=tool_parser or "",
+            reasoning_parser=reasoning_parser or "",
         )
 
     def traits(self, *, max_model_len: int) -> ModelTraits:
         """What a request is checked against; ``max_model_len`` 0 is not known."""
         sampling = self.config.sampling
+        marks = marks_of(tool_parser=self.tool_parser, reasoning_parser=self.reasoning_parser)
         eos = {*self.config.eos_token_ids}
         if self.tokenizer.eos_token_id is not None:
             eos.add(self.tokenizer.eos_token_id)
@@ -77,6 +91,9 @@ class ServedModel:
             top_k=_or(sampling.top_k, 0),
             min_p=_or(sampling.min_p, 0.0),
             repetition_penalty=_or(sampling.repetition_penalty, 1.0),
+            tool_parser=self.tool_parser,
+            reasoning_parser=self.reasoning_parser,
+            mark_ids=tuple(self.tokenizer.special_marks(marks).items()),
         )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.parsers.names import REASONING_PARSERS, TOOL_PARSERS
 from understudy.runtime.speculative_config import parse_speculative_config
 
 ENVIRONMENT_PREFIX: Final = "UNDERSTUDY_"
@@ -219,6 +220,8 @@ _ALL: Final = (
     Setting("run_dir", run_directory, None, "directory of sockets and locks", "DIR", _CLUSTER),
     Setting("max_num_seqs", integer(1, 4096), 64, "sequences in one step", "N", _MEMORY),
     Setting("kv_cache_memory", memory, None, "KV cache of each engine, as 2GiB", "SIZE", _MEMORY),
+    Setting("tool_call_parser", choice(*TOOL_PARSERS), None, "how the model calls tools", "FORMAT"),
+    Setting("reasoning_parser", choice(*REASONING_PARSERS), None, "how the model thinks", "FORMAT"),
     Setting("api_server_count", integer(1, 64), 1, "gateways that accept on the port", "N"),
     Setting("max_num_batched_tokens", integer(1, 1 << 20), 2048, "tokens in one step", "N"),
     Setting("block_size", integer(1, 1024), 16, "tokens in one KV block", "N"),

@@ -90,6 +90,7 @@ class Tokenizer:
         self._is_byte_level, self.drops_first_space = _spelling(file.decoder)
         self._letters = _byte_alphabet() if self._is_byte_level else {}
         self.pieces = TokenPieces(self.spell, self.special_ids)
+        self._pieces_showing: dict[frozenset[str], TokenPieces] = {frozenset(): self.pieces}
         self._characters_per_token_max = self._longest_reach(file.normalizer)
 
     @classmethod
@@ -123,10 +124,14 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of token ids, without special tokens."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, without special tokens unless they are asked for."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_text(self, token_id: int) -> str:
+        """A token as the vocabulary has it; empty if there is no such token."""
+        return self._backend.id_to_token(token_id) or ""
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound on the tokens of a text, without encoding it; 0 if none is known.
@@ -153,6 +158,20 @@ class Tokenizer:
             except ValueError:
                 return token.encode()
         return token.replace(_SPACE_MARK, " ").encode()
+
+    def special_marks(self, marks: Iterable[str]) -> dict[str, int]:
+        """Those of the marks that are special tokens, and their ids."""
+        ids = {mark: self._backend.token_to_id(mark) for mark in marks}
+        return {mark: number for mark, number in ids.items() if number in self.special_ids}
+
+    def pieces_showing(self, marks: frozenset[str]) -> TokenPieces:
+        """What each token adds to a text in which these special tokens are spelled out."""
+        pieces = self._pieces_showing.get(marks)
+        if pieces is None:
+            shown = self.special_marks(marks).values()
+            pieces = TokenPieces(self.spell, self.special_ids - {*shown})
+            self._pieces_showing[marks] = pieces
+        return pieces
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from understudy.protocol.messages import EngineStatus, StatusReply
+from understudy.protocol.messages import StatusReply
+from understudy.protocol.status import EngineStatus
 from understudy.runtime.kit.process import SUPERVISOR_LOCK, lock_holder
 from understudy.tools.control import Report, State, look
 

@@ -23,6 +23,7 @@ from understudy.protocol.request import Request
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.listening import listen
 from understudy.runtime.served_model import ServedModel
+from understudy.runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -165,6 +166,12 @@ def saying(*tokens: int) -> Script:
     return lambda request: [*tokens, request.params.stop_token_ids[0]]
 
 
+def saying_text(directory: Path, text: str) -> Script:
+    """A script that says a text to everyone, in the tokens of the model there."""
+    tokenizer = Tokenizer.from_directory(directory)
+    return saying(*tokenizer.encode(text, add_special_tokens=False))
+
+
 @asynccontextmanager
 async def serving(
     directory: Path,
@@ -173,9 +180,17 @@ async def serving(
     limits: HttpLimits | None = None,
     name: str = MODEL,
     wall_clock: Callable[[], float] = lambda: NOW,
+    tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
 ) -> AsyncIterator[Harness]:
     """A server for the model in ``directory``."""
-    served = ServedModel.from_directory(directory, name=name, max_model_len=None)
+    served = ServedModel.from_directory(
+        directory,
+        name=name,
+        max_model_len=None,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+    )
     gateway = ScriptedGateway(script)
     listener = listen("127.0.0.1", 0)
     host, port = listener.getsockname()

@@ -166,6 +166,9 @@ class _Reader:
                 why = f": {code} {message}" if code or message else ""
                 text = f"end {reason} after {mark.length} tokens{why}"
                 return self._about(lsn, text, [mark.serial])
+            case records.FORGET:
+                request_id = records.decode_epoch(data, start)
+                return Event(lsn, f"forget {request_id}", (request_id,))
             case records.CLOCK:
                 return Event(lsn, f"clock {records.decode_clock(data, start):.3f} s", ())
             case _:

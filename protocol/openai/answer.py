@@ -19,6 +19,7 @@ from understudy.protocol.errors import (
     RequestError,
     Unavailable,
 )
+from understudy.protocol.openai.deltas import Delta
 from understudy.protocol.openai.logprobs import TokenLogprob
 from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.request import FinishReason
@@ -41,6 +42,15 @@ class Answer:
     num_tokens: int
     finish_reason: str
     logprobs: Sequence[TokenLogprob] | None
+    deltas: Sequence[Delta] = ()
+    """What the text means, piece by piece; of an answer that is not taken apart none."""
+    num_reasoning_tokens: int = 0
+    num_cached_tokens: int = 0
+    stop_string: str | None = None
+    """What it ended at, if at one that the client gave."""
+    request_id: int = 0
+    """Names the calls: see ``call_id``."""
+    token_ids: Sequence[int] = ()
 
 
 class Heading(NamedTuple):
@@ -52,6 +62,10 @@ class Heading(NamedTuple):
     model: str
     system_fingerprint: str = ""
     """Changes when what computes answers changes, and with it perhaps what the same seed gives."""
+    repeated: bytes = b""
+    """What the answer says again of its request, in its endpoint's JSON."""
+    has_short_ids: bool = False
+    """Whether calls of tools have the names that Mistral's templates take."""
 
     def fields(self, kind: str) -> dict[str, Any]:
         """The heading as the first fields of an object."""
@@ -78,15 +92,22 @@ def system_fingerprint(numerics: Sequence[str]) -> str:
 
 
 def usage(
-    num_prompt_tokens: int, num_completion_tokens: int, *, num_cached_tokens: int
+    num_prompt_tokens: int,
+    num_completion_tokens: int,
+    *,
+    num_cached_tokens: int,
+    num_reasoning_tokens: int = 0,
 ) -> dict[str, Any]:
     """What an answer cost, in tokens; ``num_cached_tokens`` of the prompt were computed before."""
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
     }
+    if num_reasoning_tokens:
+        counts["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
+    return counts
 
 
 def finish_reason_or_error(finish: FinishReason) -> str | RequestError:

@@ -11,6 +11,7 @@ import msgspec
 from understudy.protocol.errors import InvalidRequest
 from understudy.protocol.openai.answer import Answer, ChunkEncoder, Heading, usage
 from understudy.protocol.openai.body import parse_body
+from understudy.protocol.openai.deltas import call_id, put_together
 from understudy.protocol.openai.logprobs import chat_logprobs
 from understudy.protocol.openai.sampling import (
     LOGPROBS_MAX,
@@ -21,6 +22,7 @@ from understudy.protocol.openai.sampling import (
 )
 from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.openai.structured_output import ResponseFormat
+from understudy.protocol.openai.tools import Tool, ToolChoice, ToolUse, check_tools
 
 CHUNK_KIND: Final = "chat.completion.chunk"
 
@@ -36,6 +38,9 @@ TEMPLATE_KWARGS_RESERVED: Final = frozenset(
     }
 )
 """What ``chat_template_kwargs`` may not set: it has a field of its own, or is refused."""
+
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -83,6 +88,10 @@ class ChatFields(GenerationFields, kw_only=True, frozen=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,7 @@ class ChatCompletion:
     continue_final_message: bool
     generation: Generation
     ignored: tuple[str, ...]
+    tool_use: ToolUse | None = None
 
 
 def parse_chat(raw: bytes, model: ModelTraits) -> ChatCompletion:
@@ -105,6 +115,17 @@ def parse_chat(raw: bytes, model: ModelTraits) -> ChatCompletion:
         InvalidRequest: and its kinds; ``param`` names the field.
     """
     fields, ignored = parse_body(raw, ChatFields)
+    return check_chat(fields, model, ignored=ignored)
+
+
+def check_chat(
+    fields: ChatFields, model: ModelTraits, *, ignored: tuple[str, ...]
+) -> ChatCompletion:
+    """Check a conversation, from whichever endpoint.
+
+    Raises:
+        InvalidRequest: and its kinds; ``param`` names the field.
+    """
     messages = fields.messages
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
@@ -116,15 +137,28 @@ def parse_chat(raw: bytes, model: ModelTraits) -> ChatCompletion:
     if len(messages) > model.max_model_len:
         # A message takes a token at least; rendering a million of them would hold up others.
         raise InvalidRequest("there are more messages than the context holds", param="messages")
+    tool_use = check_tools(
+        fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls, model=model
+    )
     continue_final = fields.continue_final_message or False
-    add_generation_prompt = fields.add_generation_prompt
-    if continue_final:
-        if add_generation_prompt:
-            raise InvalidRequest(
-                "continue_final_message excludes add_generation_prompt",
-                param="continue_final_message",
-            )
-        add_generation_prompt = False
+    if continue_final and fields.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message excludes add_generation_prompt",
+            param="continue_final_message",
+        )
+    return ChatCompletion(
+        messages=tuple(_template_message(i, m) for i, m in enumerate(messages)),
+        template_kwargs=_template_kwargs(fields),
+        add_generation_prompt=fields.add_generation_prompt is not False and not continue_final,
+        continue_final_message=continue_final,
+        generation=generation,
+        ignored=ignored,
+        tool_use=tool_use,
+    )
+
+
+def _template_kwargs(fields: ChatFields) -> dict[str, Any]:
+    """Further variables for the template; how much to think is one that some know."""
     kwargs = fields.chat_template_kwargs or {}
     if len(kwargs) > TEMPLATE_KWARGS_MAX:
         raise InvalidRequest(
@@ -135,14 +169,12 @@ def parse_chat(raw: bytes, model: ModelTraits) -> ChatCompletion:
             raise InvalidRequest(
                 f"chat_template_kwargs cannot set {name[:64]!r}", param="chat_template_kwargs"
             )
-    return ChatCompletion(
-        messages=tuple(_template_message(i, m) for i, m in enumerate(messages)),
-        template_kwargs=kwargs,
-        add_generation_prompt=add_generation_prompt is not False,
-        continue_final_message=continue_final,
-        generation=generation,
-        ignored=ignored,
-    )
+    effort: dict[str, Any] = {}
+    if fields.reasoning_effort is not None:
+        effort["reasoning_effort"] = fields.reasoning_effort
+    if fields.reasoning_effort == "none":
+        effort |= {"enable_thinking": False, "thinking": False}
+    return {**effort, **kwargs}
 
 
 def _logprobs(fields: ChatFields) -> int | None:
@@ -215,7 +247,7 @@ def chat_response(
         "choices": [
             {
                 "index": answer.index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": _message(answer, has_short_ids=heading.has_short_ids),
                 "logprobs": chat_logprobs(answer.logprobs),
                 "finish_reason": answer.finish_reason,
             }
@@ -225,8 +257,28 @@ def chat_response(
             num_prompt_tokens,
             sum(answer.num_tokens for answer in answers),
             num_cached_tokens=num_cached_tokens,
+            num_reasoning_tokens=sum(answer.num_reasoning_tokens for answer in answers),
         ),
     }
+
+
+def _message(answer: Answer, *, has_short_ids: bool) -> dict[str, Any]:
+    """The model's message. Reasoning goes by both names that clients know."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    parsed = put_together(answer.deltas)
+    if parsed.reasoning:
+        message |= {"reasoning": parsed.reasoning, "reasoning_content": parsed.reasoning}
+    if parsed.calls:
+        message["content"] = answer.text or None
+        message["tool_calls"] = [
+            {
+                "id": call_id(answer.request_id, index, is_short=has_short_ids),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for index, call in enumerate(parsed.calls)
+        ]
+    return message
 
 
 def chat_chunk_encoder(

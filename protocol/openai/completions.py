@@ -54,6 +54,17 @@ def parse_completion(raw: bytes, model: ModelTraits) -> Completion:
         InvalidRequest: and its kinds; ``param`` names the field.
     """
     fields, ignored = parse_body(raw, CompletionFields)
+    return check_completion(fields, model, ignored=ignored)
+
+
+def check_completion(
+    fields: CompletionFields, model: ModelTraits, *, ignored: tuple[str, ...]
+) -> Completion:
+    """Check a request for completions, from whichever endpoint.
+
+    Raises:
+        InvalidRequest: and its kinds; ``param`` names the field.
+    """
     echo = fields.echo or False
     logprobs = fields.logprobs
     if logprobs is not None:

@@ -20,11 +20,16 @@ from understudy.protocol.openai.sampling import (
 )
 
 VERSION: Final = 1
+VERSION_WITH_MEANING: Final = 2
+"""Of presentations that a reader of version 1 would take for plain text."""
 PRESENTATION_BYTES_MAX: Final = 512 << 10
 """Nearly all have some 50 bytes; only an echo that decoding does not give back takes more."""
 
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=STOP_BYTES_MAX)]
 StopStrings = Annotated[tuple[StopString, ...], msgspec.Meta(max_length=STOP_STRINGS_MAX)]
+EndpointName = Literal["chat", "completions", "messages", "responses"]
+ToolParserName = Literal["", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder"]
+ReasoningParserName = Literal["", "deepseek_r1", "mistral", "qwen3"]
 Index = Annotated[int, msgspec.Meta(ge=0, lt=CHOICES_MAX)]
 
 
@@ -35,8 +40,8 @@ class Presentation(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     What ``SamplingParams`` says, such as ``min_tokens`` and ``logprobs``, is not said again.
     """
 
-    version: Literal[1] = VERSION
-    endpoint: Literal["chat", "completions"]
+    version: Literal[1, 2] = VERSION
+    endpoint: EndpointName
     created: Annotated[int, msgspec.Meta(ge=0)]
     """Seconds since 1970."""
     model: str
@@ -59,6 +64,24 @@ class Presentation(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Only with the first of the choices that answer one prompt."""
     system_fingerprint: str = ""
     """Of the cluster when the call was made, so that all events of its stream say the same."""
+    tool_parser: ToolParserName = ""
+    """The format in which calls of tools are looked for; empty: they are not."""
+    tools: dict[str, dict[str, str]] = {}
+    """The tools by name, where the format needs them, and the types of their parameters."""
+    calls_max: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Calls after which the answer ends; 0: as many as there are."""
+    reasoning_parser: ReasoningParserName = ""
+    """The format of thoughts; empty: they are not told apart."""
+    begins_in_reasoning: bool = False
+    """Whether the prompt has opened the thoughts."""
+    repeated: bytes = b""
+    """What the endpoint says again of the request, in its own JSON."""
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether the text is taken apart into what it means."""
+        is_plain = self.endpoint == "completions" or self.endpoint == "chat"
+        return not is_plain or bool(self.tool_parser or self.reasoning_parser)
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -71,8 +94,12 @@ def encode_presentation(presentation: Presentation) -> bytes:
     Raises:
         InvalidRequest: it echoes a prompt that is too long to be kept.
     """
+    if presentation.tool_parser or presentation.reasoning_parser or presentation.repeated:
+        presentation = msgspec.structs.replace(presentation, version=VERSION_WITH_MEANING)
     packed = _ENCODER.encode(presentation)
     if len(packed) > PRESENTATION_BYTES_MAX:
+        if presentation.echo is None:
+            raise InvalidRequest("the conversation is too long to be kept", param="store")
         raise InvalidRequest("the prompt is too long for an echo", param="echo")
     return packed
 

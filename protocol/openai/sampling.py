@@ -88,6 +88,12 @@ class ModelTraits:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    tool_parser: str = ""
+    """The format in which the model calls tools; empty: it is not known."""
+    reasoning_parser: str = ""
+    """The format in which it thinks before it answers; empty: it does not, or nobody minds."""
+    mark_ids: tuple[tuple[str, int], ...] = ()
+    """Those marks of these formats that are special tokens, which text cannot spell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +134,7 @@ def check_generation(
         ModelNotFound: another model is asked for than the one served.
         InvalidRequest: a field is out of its range.
     """
-    if fields.model is not None and fields.model != model.name:
-        raise ModelNotFound(f"the model {fields.model[:64]!r} is not served here", param="model")
+    check_model(fields.model, model)
     n = _within("n", fields.n, 1, least=1, most=CHOICES_EACH_MAX)
     if fields.best_of is not None and fields.best_of != n:
         raise InvalidRequest("best_of must equal n: answers are not ranked", param="best_of")
@@ -160,6 +165,16 @@ def check_generation(
         cache_salt=_cache_salt(fields.cache_salt),
         grammar=_grammar(fields, model, response_format),
     )
+
+
+def check_model(name: str | None, model: ModelTraits) -> None:
+    """Check that a body names no model but the one that is served.
+
+    Raises:
+        ModelNotFound: it does.
+    """
+    if name is not None and name != model.name:
+        raise ModelNotFound(f"the model {name[:64]!r} is not served here", param="model")
 
 
 def _grammar(

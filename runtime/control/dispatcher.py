@@ -20,12 +20,10 @@ from typing import Final
 
 from understudy.protocol.errors import (
     IdempotencyMismatch,
-    InternalError,
     NotFound,
     Overloaded,
     Quarantined,
     RequestError,
-    Unavailable,
 )
 from understudy.protocol.messages import (
     Accepted,
@@ -37,8 +35,10 @@ from understudy.protocol.messages import (
     Found,
     HeldRequest,
     Rejected,
+    TimelineRequest,
 )
 from understudy.protocol.request import FinishReason, Request, TokenRow, fingerprint
+from understudy.protocol.timeline import RESTORED
 from understudy.runtime.control.admission import Admission, AdmissionLimits
 from understudy.runtime.control.ledger import Entry, Ledger, Verdict
 from understudy.runtime.control.quarantine import Quarantine
@@ -181,11 +181,28 @@ class Dispatcher:
 
     def look_up(self, group_id: int, tenant: str, gateway: str) -> None:
         """Tell a gateway the requests of a group, if they are this tenant's."""
-        entries = self._ledger.group(group_id)
-        entries = [entry for entry in entries if entry.request.tenant == tenant]
+        entries = self._ledger.group(group_id, tenant)
         requests = tuple(entry.request for entry in entries)
         lengths = tuple(len(entry.output) for entry in entries)
-        self._outbox.send(gateway, Found(group_id, tenant, requests, lengths))
+        ends = tuple(entry.finish for entry in entries)
+        self._outbox.send(gateway, Found(group_id, tenant, requests, lengths, ends))
+
+    def end_group(self, group_id: int, tenant: str, now: float, *, is_forgotten: bool) -> None:
+        """End a call for all who listen, at its client's wish; perhaps forget it altogether."""
+        for entry in self._ledger.group(group_id, tenant):
+            if not entry.finish:
+                gateways = list(entry.subscribers)
+                self._end(entry, FinishReason.CANCELLED, now)
+                for gateway in gateways:
+                    self._catch_up(entry, len(entry.output), gateway)
+            if is_forgotten:
+                self._ledger.forget(entry)
+                self._records.append(records.Forget(entry.request_id))
+
+    def timelines(self, asked: TimelineRequest, gateway: str) -> None:
+        """Tell a gateway what became of a tenant's requests."""
+        found = self._ledger.timelines(asked.tenant, asked.group_id, asked.requests_max)
+        self._outbox.send(gateway, asked.answer(tuple(found)))
 
     def gateway_left(self, gateway: str, now: float) -> None:
         """A gateway is gone. Its requests go on for a while: clients may come back by another."""
@@ -329,7 +346,7 @@ class Dispatcher:
         """End what has stood still for too long, and forget what is past its time."""
         for stalled in self._ledger.entries():
             if now >= stalled.progress_at + STALL_MAX_S:
-                self._fail(stalled, _stalled(stalled), now)
+                self._fail(stalled, stalled.stalled(STALL_MAX_S), now)
         for request_id, since in list(self._unclaimed_since.items()):
             entry = self._ledger.get(request_id)
             assert entry is not None
@@ -340,6 +357,7 @@ class Dispatcher:
     def restore(self, entry: Entry, now: float) -> None:
         """Enter a request as the journal knows it. Its engine may still be at it."""
         entry.progress_at = now
+        entry.note(RESTORED, now)
         self._ledger.restore(entry)
         if entry.finish:
             return
@@ -480,9 +498,3 @@ class Dispatcher:
     def _unsubscribe(self, entry: Entry, gateway: str) -> None:
         entry.subscribers.remove(gateway)
         self._with_gateway[gateway].discard(entry.request_id)
-
-
-def _stalled(entry: Entry) -> RequestError:
-    if entry.engine is None:
-        return Unavailable(f"no engine took the request within {STALL_MAX_S:.0f} s")
-    return InternalError(f"the engine made no token within {STALL_MAX_S:.0f} s")

@@ -15,8 +15,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain, islice
 from typing import Final, NamedTuple
 
+from understudy.protocol.errors import InternalError, RequestError, Unavailable
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -24,11 +26,26 @@ from understudy.protocol.request import (
     TokenRow,
     extend_prefix_hash,
 )
+from understudy.protocol.timeline import (
+    ASSIGNED,
+    BEGUN,
+    ENDED,
+    EVENTS_MAX,
+    QUEUED,
+    RESUMED,
+    RequestTimeline,
+    TimelineEvent,
+)
 
 RETENTION_S: Final = 600.0
 """For how long after its end a stream can be joined again."""
 RETAINED_TOKENS_MAX: Final = 32 * 1024 * 1024
-"""Prompt and output tokens of ended requests; the oldest are forgotten first."""
+"""Prompt and output tokens of ended requests, and what gateways keep with them, at four bytes a
+token; the oldest are forgotten first."""
+
+
+TIMELINES_LOOKED_AT_MAX: Final = 4096
+"""Requests that are looked at to find a tenant's latest ones."""
 
 
 class Verdict(Enum):
@@ -73,6 +90,38 @@ class Entry:
     ended_at: float = 0.0
     num_cached_tokens: int = 0
     """Of the prompt, in the cache of the engine that made the first token."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of the drafted ones."""
+    events: list[TimelineEvent] = field(default_factory=list)
+    """What happened to it, as far as this supervisor saw it."""
+
+    def note(self, what: str, now: float, engine: str = "") -> None:
+        """Remember that something happened."""
+        if len(self.events) < EVENTS_MAX or what == ENDED:
+            self.events.append(TimelineEvent(now - self.admitted_at, what, engine))
+
+    def stalled(self, for_s: float) -> RequestError:
+        """The error of a request that stood still for so long."""
+        if self.engine is None:
+            return Unavailable(f"no engine took the request within {for_s:.0f} s")
+        return InternalError(f"the engine made no token within {for_s:.0f} s")
+
+    @property
+    def timeline(self) -> RequestTimeline:
+        """What became of it so far."""
+        return RequestTimeline(
+            self.request_id,
+            self.request.group_id,
+            len(self.request.prompt),
+            len(self.output),
+            self.num_cached_tokens,
+            self.num_draft_tokens,
+            self.num_accepted_tokens,
+            self.finish,
+            self.error_code,
+            tuple(self.events),
+        )
 
     @property
     def request_id(self) -> int:
@@ -83,6 +132,11 @@ class Entry:
     def num_tokens(self) -> int:
         """Prompt and output together."""
         return len(self.request.prompt) + len(self.output)
+
+    @property
+    def num_kept(self) -> int:
+        """What it takes to keep it, as a number of tokens of four bytes."""
+        return self.num_tokens + len(self.request.presentation) // 4
 
     @property
     def is_void(self) -> bool:
@@ -144,10 +198,21 @@ class Ledger:
         """The entry of a request that lives, or has ended not long ago."""
         return self._living.get(request_id) or self._ended.get(request_id)
 
-    def group(self, group_id: int) -> list[Entry]:
-        """The entries of a group that are known, by index."""
+    def group(self, group_id: int, tenant: str | None = None) -> list[Entry]:
+        """The entries of a group that are known, by index; only this tenant's, if one is named."""
         found = [self.find(request_id) for request_id in self._groups.get(group_id, ())]
-        return [entry for entry in found if entry is not None]
+        entries = [entry for entry in found if entry is not None]
+        return [entry for entry in entries if tenant in {None, entry.request.tenant}]
+
+    def timelines(self, tenant: str, group_id: int, requests_max: int) -> list[RequestTimeline]:
+        """What became of a group's requests or, for group 0, of a tenant's latest ones."""
+        if group_id:
+            entries = self.group(group_id, tenant)
+        else:
+            known = chain(reversed(self._living.values()), reversed(self._ended.values()))
+            looked_at = islice(known, TIMELINES_LOOKED_AT_MAX)
+            entries = [entry for entry in looked_at if entry.request.tenant == tenant]
+        return [entry.timeline for entry in entries[:requests_max]]
 
     def duplicated(self, key: bytes) -> Duplicated | None:
         """Which group came with this idempotency key first."""
@@ -160,6 +225,7 @@ class Ledger:
     def admit(self, request: Request, now: float) -> Entry:
         """Enter a request. From here on it will end, exactly once."""
         entry = Entry(request, now, progress_at=now)
+        entry.note(QUEUED, now)
         self.restore(entry)
         return entry
 
@@ -185,6 +251,7 @@ class Ledger:
         entry.attempt += 1
         entry.engine = engine
         entry.epoch = epoch
+        entry.note(ASSIGNED if entry.attempt == 1 else RESUMED, now, engine)
         if entry.attempt == 1:
             entry.progress_at = now
         return entry
@@ -240,11 +307,17 @@ class Ledger:
         entry.error_code = code
         entry.error_message = message
         entry.ended_at = now
+        entry.note(ENDED, now, entry.engine or "")
         entry.engine = None
         del self._living[entry.request_id]
         self._retain(entry)
         if entry.is_void:
             self._release_key(entry.request)
+
+    def forget(self, entry: Entry) -> None:
+        """Forget an ended request, if it is still known."""
+        if entry.request_id in self._ended:
+            self._forget(entry)
 
     def forget_old(self, now: float) -> None:
         """Forget ended requests that are past their time, or too many."""
@@ -258,7 +331,7 @@ class Ledger:
     def check_integrity(self) -> None:
         """Every request is in one place, and in its group."""
         assert not self._living.keys() & self._ended.keys()
-        assert self._ended_tokens == sum(entry.num_tokens for entry in self._ended.values())
+        assert self._ended_tokens == sum(entry.num_kept for entry in self._ended.values())
         grouped = sorted(member for group in self._groups.values() for member in group)
         assert grouped == sorted((*self._living, *self._ended))
         for entry in self._living.values():
@@ -269,7 +342,12 @@ class Ledger:
         prefix_hash = extend_prefix_hash(entry.prefix_hash, row.tokens)
         if prefix_hash != row.prefix_hash:
             return Verdict.BROKEN
+        if row.tokens and not entry.output:
+            entry.note(BEGUN, now, entry.engine or "")
         entry.output.extend(row.tokens)
+        if row.num_draft_tokens:
+            entry.num_draft_tokens += row.num_draft_tokens
+            entry.num_accepted_tokens += max(len(row.tokens) - 1, 0)
         if row.logprobs:
             assert isinstance(entry.logprobs, list), "an output grows while its request lives"
             entry.logprobs.extend(row.logprobs)
@@ -280,12 +358,12 @@ class Ledger:
 
     def _retain(self, entry: Entry) -> None:
         self._ended[entry.request_id] = entry
-        self._ended_tokens += entry.num_tokens
+        self._ended_tokens += entry.num_kept
 
     def _forget(self, entry: Entry) -> None:
         request = entry.request
         del self._ended[request.request_id]
-        self._ended_tokens -= entry.num_tokens
+        self._ended_tokens -= entry.num_kept
         group = self._groups[request.group_id]
         group.remove(request.request_id)
         if not group:

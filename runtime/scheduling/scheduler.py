@@ -224,7 +224,8 @@ class Scheduler:
             if drawn is NoDraw.WAITING:
                 sequence.num_computed_tokens -= 1  # the next step draws behind the same token
             elif sequence.num_computed_tokens == sequence.num_tokens:
-                rows.append(self._take(sequence, drawn))
+                row = self._take(sequence, drawn)
+                rows.append(row._replace(num_draft_tokens=len(draft)) if draft else row)
         self._kv_cache_manager.settle()
         return rows
 

@@ -39,7 +39,16 @@ from understudy.runtime.storage import records
 from understudy.runtime.storage.compaction import Compaction
 from understudy.runtime.storage.disk import Disk
 from understudy.runtime.storage.image import HeldRequest, Retention, describe
-from understudy.runtime.storage.records import Admit, Assign, CacheHit, End, Epoch, Record, Step
+from understudy.runtime.storage.records import (
+    Admit,
+    Assign,
+    CacheHit,
+    End,
+    Epoch,
+    Forget,
+    Record,
+    Step,
+)
 from understudy.runtime.storage.recovery import (
     DAMAGE_CODE,
     DAMAGE_MESSAGE,
@@ -280,6 +289,10 @@ class Journal:
                 image.end(held, reason, image.clock, code, message)
                 mark = records.EndMark(held.serial, reason, len(held.output), held.prefix_hash)
                 self._add(parts, records.END, records.encode_end(mark, code, message))
+            case Forget(request_id):
+                if (ended := image.ended.get(request_id)) is not None:
+                    image.forget(ended)
+                self._add(parts, records.FORGET, records.encode_epoch(request_id))
             case Epoch(highest):
                 image.epoch = max(image.epoch, highest)
                 self._add(parts, records.EPOCH, records.encode_epoch(highest))

@@ -40,6 +40,7 @@ CLOCK: Final = 8
 CHECKPOINT: Final = 9
 RETIRE: Final = 10
 CACHE_HIT: Final = 11
+FORGET: Final = 12
 
 KIND_NAMES: Final = {
     HEADER: "header",
@@ -53,6 +54,7 @@ KIND_NAMES: Final = {
     CHECKPOINT: "checkpoint",
     RETIRE: "retire",
     CACHE_HIT: "cache hit",
+    FORGET: "forget",
 }
 
 
@@ -118,7 +120,14 @@ class Epoch:
     highest: int
 
 
-Record: TypeAlias = Admit | Assign | CacheHit | Step | End | Epoch
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The client of an ended request does not want it to be known any more."""
+
+    request_id: int
+
+
+Record: TypeAlias = Admit | Assign | CacheHit | Step | End | Epoch | Forget
 
 
 class AssignPayload(NamedTuple):
@@ -274,7 +283,7 @@ def decode_end(data: bytes, start: int, stop: int) -> EndPayload:
 
 
 def encode_epoch(epoch: int) -> bytes:
-    """The payload of an epoch, and of a retirement, which is a segment's number."""
+    """The payload of an epoch; of a retirement, which is a segment's number; of a request's id."""
     return _U64.pack(epoch)
 
 

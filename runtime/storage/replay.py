@@ -157,8 +157,16 @@ class Replay:
             self.image.set_clock(records.decode_clock(data, start))
         elif kind == records.EPOCH:
             self.image.epoch = max(self.image.epoch, records.decode_epoch(data, start))
+        elif kind == records.FORGET:
+            self._forget_ended(records.decode_epoch(data, start))
         elif kind != records.RETIRE:
             raise ValueError(kind)
+
+    def _forget_ended(self, request_id: int) -> None:
+        held = self.image.ended.get(request_id)
+        if held is not None:
+            self.doubts.pop(held.serial, None)
+            self.image.forget(held)
 
     def _header(self, header: Header) -> None:
         if header.has_gap:

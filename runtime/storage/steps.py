@@ -93,7 +93,7 @@ def write_steps(image: Image, rows: tuple[TokenRow, ...], lsn: int, now: float) 
     The requests must live. It is one record, unless a request comes twice: tokens are dealt out
     by column, so no request may have two columns. ``lsn`` is the first record's.
     """
-    ids, _, positions, tokens, prefix_hashes, finishes, logprobs, _ = zip(*rows, strict=True)
+    ids, _, positions, tokens, prefix_hashes, finishes, logprobs, *_ = zip(*rows, strict=True)
     batch = image.live[ids[0]].batch
     flags, joined = 0, 0
     if batch is None or batch.ids != ids:

@@ -22,6 +22,7 @@ from understudy.protocol.messages import (
     ClusterState,
     Deliver,
     Duplicate,
+    EndGroup,
     Failed,
     Fenced,
     Found,
@@ -34,6 +35,8 @@ from understudy.protocol.messages import (
     Rejected,
     Role,
     Submit,
+    TimelineRequest,
+    Timelines,
     Welcome,
 )
 from understudy.protocol.request import FinishReason, Request, SamplingParams, TokenRow
@@ -335,6 +338,22 @@ def test_who_asks_for_a_group_is_told_once(stage: Stage) -> None:
     found = Found(9, "tenant", (request(1),), (5,))
     stage.turn(found, Found(9, "tenant", ()))
     assert answers == [found, found]
+
+
+def test_what_became_of_requests_is_told_once_to_each_who_asks(stage: Stage) -> None:
+    answers: list[Timelines | None] = []
+    asked, other = TimelineRequest("tenant", 9), TimelineRequest("tenant", 0, 5)
+    for question in (asked, asked, other):
+        stage.gateway.timelines(question, answers.append, stage.now)
+    assert stage.said() == [asked, other]
+    stage.turn(asked.answer(()), other.answer(()))
+    assert answers == [asked.answer(()), asked.answer(()), other.answer(())]
+
+
+def test_a_client_may_end_its_call_for_all(stage: Stage) -> None:
+    stage.gateway.end_group(9, "tenant")
+    stage.gateway.end_group(8, "tenant", is_forgotten=True)
+    assert stage.said() == [EndGroup(9, "tenant"), EndGroup(8, "tenant", is_forgotten=True)]
 
 
 def test_a_question_that_nobody_answers_ends(stage: Stage) -> None:

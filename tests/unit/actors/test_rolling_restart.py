@@ -9,7 +9,8 @@ from typing import cast
 import pytest
 
 from understudy.actors.rolling_restart import RestartFailed, restart_all
-from understudy.protocol.messages import EngineStatus, GatewayStatus, StatusReply
+from understudy.protocol.messages import StatusReply
+from understudy.protocol.status import EngineStatus, GatewayStatus
 from understudy.runtime.kit.children import Child
 from understudy.runtime.kit.process import ProcessSpec, RestartPolicy
 

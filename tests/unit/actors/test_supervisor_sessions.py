@@ -30,6 +30,7 @@ from understudy.protocol.messages import (
     ClusterState,
     Deliver,
     Dying,
+    EndGroup,
     Failed,
     Found,
     HeldRequest,
@@ -42,6 +43,8 @@ from understudy.protocol.messages import (
     Role,
     StepOutput,
     Submit,
+    TimelineRequest,
+    Timelines,
     Welcome,
 )
 from understudy.protocol.request import (
@@ -111,6 +114,61 @@ def test_a_tenant_finds_its_own_groups_only() -> None:
         stage.turn(GATEWAY, Lookup(1, tenant))
         (found,) = stage.sent(GATEWAY, Found)
         assert len(found.requests) == count
+
+
+def test_a_client_ends_its_call_for_all_who_listen() -> None:
+    stage = stage_with(1, gateways=2)
+    stage.turn(GATEWAY, Submit(request(1)))
+    stage.turn("gateway-1.1", Attach(1, 0))
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5),)))
+    stage.sent(GATEWAY, Deliver)
+    stage.turn("gateway-1.1", EndGroup(1, "another"), Lookup(1, ""))
+    assert stage.sent("gateway-1.1", Found)[0].finishes == (0,)
+    stage.sent("gateway-1.1", Deliver)
+    stage.turn("gateway-1.1", EndGroup(1, ""), Lookup(1, ""))
+    assert stage.sent("gateway-1.1", Found)[0].finishes == (FinishReason.CANCELLED,)
+    for gateway in (GATEWAY, "gateway-1.1"):
+        [told] = [one for deliver in stage.sent(gateway, Deliver) for one in deliver.rows]
+        assert (told.position, told.tokens, told.finish) == (1, (), FinishReason.CANCELLED)
+    assert stage.sent(ENGINES[0], Cancel) == [Cancel(1)]
+
+
+def test_what_a_client_wants_forgotten_is_not_known_to_the_next_supervisor_either() -> None:
+    stage = stage_with(1)
+    for number in (1, 2, 3):
+        stage.turn(GATEWAY, Submit(request(number)))
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5, finish=FinishReason.STOP), row(2, 6))))
+    stage.turn(GATEWAY, EndGroup(1, "", is_forgotten=True), EndGroup(2, "", is_forgotten=True))
+    for number in (1, 2):
+        stage.turn(GATEWAY, Lookup(number, ""))
+        assert stage.sent(GATEWAY, Found)[0].requests == ()
+    stage.disk.crash_process()
+    after = Stage(disk=stage.disk)
+    assert [entry.request_id for entry in after.restored] == [3]
+
+
+def test_what_became_of_a_request_is_told_to_its_tenant() -> None:
+    stage = stage_with(2)
+    stage.turn(GATEWAY, Submit(request(1)))
+    stage.now += 1.0
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5)._replace(num_cached_tokens=2),)))
+    stage.turn(ENGINES[0], Dying("killed"))
+    stage.now += 1.0
+    last = row(1, 6, 7, before=(5,), attempt=2, finish=FinishReason.STOP)
+    stage.turn(ENGINES[1], StepOutput(1, (last._replace(num_draft_tokens=4),)))
+    stage.turn(GATEWAY, TimelineRequest("another", 1), TimelineRequest("", 0))
+    other, mine = stage.sent(GATEWAY, Timelines)
+    assert other.timelines == ()
+    [told] = mine.timelines
+    assert [(round(event.at_s, 3), event.what, event.engine) for event in told.events] == [
+        (0.0, "queued", ""),
+        (0.0, "assigned", ENGINES[0]),
+        (1.0, "begun", ENGINES[0]),
+        (1.0, "resumed", ENGINES[1]),
+        (2.0, "ended", ENGINES[1]),
+    ]
+    assert (told.num_output_tokens, told.num_cached_tokens, told.finish) == (3, 2, 1)
+    assert (told.num_draft_tokens, told.num_accepted_tokens) == (4, 1)
 
 
 def test_a_silent_gateway_counts_as_gone_later_than_an_engine() -> None:

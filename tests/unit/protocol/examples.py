@@ -15,11 +15,10 @@ from understudy.protocol.messages import (
     DrainRequest,
     Duplicate,
     Dying,
-    EngineStatus,
+    EndGroup,
     Failed,
     Fenced,
     Found,
-    GatewayStatus,
     Heartbeat,
     HeldRequest,
     Hello,
@@ -40,6 +39,8 @@ from understudy.protocol.messages import (
     StatusRequest,
     StepOutput,
     Submit,
+    TimelineRequest,
+    Timelines,
     Welcome,
 )
 from understudy.protocol.request import (
@@ -49,6 +50,8 @@ from understudy.protocol.request import (
     TokenLogprobs,
     TokenRow,
 )
+from understudy.protocol.status import EngineStatus, GatewayStatus
+from understudy.protocol.timeline import RequestTimeline, TimelineEvent
 
 PARAMS = SamplingParams(
     seed=2**64 - 1,
@@ -94,6 +97,9 @@ ROWS = (
 ENGINE = EngineStatus("engine-0", "serving", 41, 5, 1, 2, 3, 4, 100, 128, 999, 0.25, "exact", 6)
 GATEWAY = GatewayStatus("gateway-0", 42, "127.0.0.1:8000", 6, 0.125)
 
+EVENTS = (TimelineEvent(0.0, "queued"), TimelineEvent(0.5, "assigned", "engine-0.17"))
+TIMELINE = RequestTimeline(11, 2**62, 3, 2, 1, 8, 5, 1, "overloaded", EVENTS)
+
 EXAMPLES: tuple[Message, ...] = (
     Hello(
         Role.ENGINE, "engine-0", 4321, 7, "demo", "h:1", Capacity(8, 2048, 512, 16), 77, "exact", 2
@@ -115,8 +121,11 @@ EXAMPLES: tuple[Message, ...] = (
     Attach(11, 5),
     Reclaim((HeldRequest(11, 5), HeldRequest(12, 0))),
     Lookup(2**62, "key-1"),
-    Found(2**62, "key-1", (REQUEST,), (5,)),
+    Found(2**62, "key-1", (REQUEST,), (5,), (2,)),
     Duplicate(11, 2**62),
+    EndGroup(2**62, "key-1", True),
+    TimelineRequest("key-1", 2**62, 16),
+    Timelines("key-1", 2**62, 16, (TIMELINE,)),
     Assign(REQUEST, 2, (5, 6), True),
     Inventory(ROWS, True),
     StepOutput(10, ROWS),

@@ -20,7 +20,7 @@ from tests.unit.storage.story import (
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.storage.image import Retention
 from understudy.runtime.storage.journal import Journal, JournalOptions
-from understudy.runtime.storage.records import Step
+from understudy.runtime.storage.records import Forget, Step
 from understudy.runtime.storage.segment_writer import SyncPolicy
 from understudy.runtime.storage.segments import segment_name
 from understudy.runtime.storage.virtual_disk import DiskFaults, VirtualDisk
@@ -53,6 +53,28 @@ def test_everything_that_was_committed_comes_back() -> None:
     assert everything(opened) == story.known
     assert opened.recovery.epoch == 900
     assert opened.recovery.statistics.torn_bytes == 0
+
+
+def test_what_is_to_be_forgotten_does_not_come_back() -> None:
+    disk, story = VirtualDisk(), Story()
+    journal = start(disk)
+    journal.append(story.opening(4))
+    first, second, third, _ = story.live
+    journal.append([story.step(story.live, finishing=[first, second]), story.end(third)])
+    journal.append([Forget(first)])
+    journal.commit(1.0)
+    journal.append([Forget(third), Forget(123456)])
+    journal.commit(2.0)
+    assert journal.held(first) is None
+    disk.crash_process()
+    del story.known[first], story.known[third]
+
+    for _ in range(2):
+        opened = reopen(disk)
+        assert everything(opened) == story.known
+        assert not opened.recovery.damage
+        settle(opened.journal)
+        disk.crash_process()
 
 
 def test_what_was_not_committed_is_not_there() -> None:

@@ -72,8 +72,8 @@ def test_a_damaged_presentation_is_refused_or_still_one(position: int, value: in
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
-        {"endpoint": "messages"},
+        {"version": 3},
+        {"endpoint": "other"},
         {"created": -1},
         {"index": 2},
         {"index": -1},
@@ -96,3 +96,9 @@ def test_a_presentation_of_another_version_or_out_of_range_is_refused(
 def test_a_later_gateway_may_say_more() -> None:
     fields = msgspec.msgpack.decode(encode_presentation(PLAIN))
     assert decode_presentation(msgspec.msgpack.encode([*fields, "news"])) == PLAIN
+
+
+def test_what_an_older_reader_would_take_for_plain_text_has_a_newer_version() -> None:
+    meant = msgspec.structs.replace(PLAIN, tool_parser="hermes", calls_max=1)
+    assert decode_presentation(encode_presentation(PLAIN)).version == 1
+    assert decode_presentation(encode_presentation(meant)).version == 2

@@ -1,0 +1,1 @@
+"""Text of a model to what it means: reasoning, content, calls of tools; one format a file."""
