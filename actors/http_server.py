@@ -103,8 +103,7 @@ async def serve_http(
         client_max_size=limits.body_bytes_max, middlewares=[_error_middleware(chance)]
     )
     app[_IS_LEAVING] = asyncio.Event()
-    app.on_response_prepare.append(_add_request_id)
-    app.on_response_prepare.append(_say_farewell)
+    app.on_response_prepare.extend((_add_request_id, _say_farewell))
     status = StatusEndpoints(port, served)
     endpoints = Endpoints(
         generation=generation,

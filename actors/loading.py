@@ -133,7 +133,7 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         quantization=config.quantization,
         kv_dtype=model.kv_dtype,
     )
-    speculator = load_speculator(config, model, runner, grammars, clock)
+    speculator = load_speculator(config, model, runner, grammars, clock, numerics=numerics)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
 
 

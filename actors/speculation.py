@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from understudy.protocol.errors import ConfigurationError
@@ -12,13 +13,16 @@ from understudy.runtime.grammars import Grammars
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.cost_cache import machine_name, remembered_costs
 from understudy.runtime.model.drafter import ModelDrafter
 from understudy.runtime.model.loader import load_model
+from understudy.runtime.model.model_digest import model_digest
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.step_profile import profile_drafts, profile_steps
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.speculation import (
     Costs,
+    CostTable,
     DraftCosts,
     Drafter,
     NgramDrafter,
@@ -34,10 +38,13 @@ def load_speculator(
     runner: ModelRunner,
     grammars: Grammars,
     clock: Clock,
+    *,
+    numerics: str,
 ) -> Speculator | None:
     """Load what the configuration says of speculation, and measure what it costs.
 
-    A draft model guesses within the requests' grammars; what is beside them would be in vain.
+    A draft model guesses within the requests' grammars; what is beside them would be in vain. What
+    was measured for this class of ``numerics`` on such a machine is not measured again.
 
     Raises:
         ConfigurationError: the draft model is none, or speaks of other tokens than the model.
@@ -46,17 +53,22 @@ def load_speculator(
         return None
     chosen = parse_speculative_config(config.speculative_config)
     drafter: Drafter = NgramDrafter()
-    draft_costs: DraftCosts | None = None
+    measured: list[Callable[[], tuple[CostTable, ...]]] = [lambda: (profile_steps(runner, clock),)]
+    name = [numerics, machine_name(), str(config.block_size)]
     if chosen.model is not None:
         _check_same_tokens(config.model, chosen.model)
         draft_runner = _draft_runner(config, chosen.model, model, runner, grammars)
-        draft_costs = profile_drafts(draft_runner, clock) if chosen.adaptive else None
+        measured.append(lambda: profile_drafts(draft_runner, clock))
+        name.append(model_digest(chosen.model))
         drafter = ModelDrafter(
             draft_runner, num_blocks=runner.cache.num_blocks, block_size=config.block_size
         )
     costs = None
     if chosen.adaptive:
-        costs = Costs(StepCosts(profile_steps(runner, clock)), draft_costs)
+        step, *draft = remembered_costs(
+            "\n".join(name), lambda: tuple(table for each in measured for table in each())
+        )
+        costs = Costs(StepCosts(step), DraftCosts(*draft) if draft else None)
     get_logger().info(
         "speculation is on",
         method=chosen.method,

@@ -68,6 +68,7 @@ class SamplingRow(NamedTuple):
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
             or bool(params.logit_bias)
+            or bool(params.grammar)
             or (self.position < params.min_tokens and bool(params.stop_token_ids))
         )
 

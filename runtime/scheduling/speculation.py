@@ -41,6 +41,11 @@ class CostTable:
         for _, seconds in ordered:
             self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))
 
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """Tokens and seconds, ascending."""
+        return list(zip(self._tokens, self._seconds, strict=True))
+
     def seconds(self, num_tokens: int) -> float:
         """The cost of a step with so many tokens."""
         place = bisect_left(self._tokens, num_tokens)

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from understudy.runtime.cache import cache_directory, is_ours
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.native.structures import FLOAT, LONG, POINTER
 
@@ -114,14 +114,6 @@ def _library() -> Library | None:
     return Library(functions, _digest(_sources(), _FLAGS)[:8])
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: ``CACHE_DIRECTORY`` under systemd, else the user's cache."""
-    given = os.environ.get("CACHE_DIRECTORY")
-    if given:
-        return Path(given.partition(":")[0])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy"
-
-
 def _processor_features() -> frozenset[str]:
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2]
@@ -152,26 +144,14 @@ def _compiled(compiler: str) -> Path:
     # The library is linked against torch's threads, so it belongs to a release of torch, too.
     name = _digest(_sources(), (*_FLAGS, version, torch.__version__))[:32]
     folder = cache_directory()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"kernels-{name}.so"
     with (folder / "lock").open("w") as lock:
         # Engines that start together wait for the one that compiles.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_ours(path):
+        if not is_ours(path):
             get_logger().info("native kernels: compiling, once for this machine", compiler=compiler)
             _compile(compiler, path)
     return path
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether the file is there, and nobody else can have written what it holds."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return False
-    if not stat.S_ISREG(status.st_mode) or status.st_uid not in {os.geteuid(), 0}:
-        raise PermissionError(f"{path} belongs to somebody else; remove it")
-    return not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _compile(compiler: str, path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.unit.model.native.kernels import CPU, compiled, needs_native
 from understudy.runtime.model.native import library
-from understudy.runtime.model.native.library import cache_directory, native_library
+from understudy.runtime.model.native.library import native_library
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +30,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_kernels_are_for_float32_on_the_cpu() -> None:
     assert native_library(CPU, torch.bfloat16) is None
     assert native_library(torch.device("cuda"), torch.float32) is None
-
-
-def test_the_cache_is_where_systemd_says_or_else_the_users(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
-    assert cache_directory() == tmp_path / "understudy"
-    monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/understudy:/elsewhere")
-    assert cache_directory() == Path("/var/cache/understudy")
 
 
 @needs_native
