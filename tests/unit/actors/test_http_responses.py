@@ -287,7 +287,6 @@ async def test_a_response_is_no_stream_of_another_kind(talking: Harness) -> None
         ({"text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
         ({"max_output_tokens": -1}, "max_output_tokens"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"temperature": 9}, "temperature"),
