@@ -7,6 +7,7 @@ makes no difference which gateway answers, and whether it is the one that submit
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from understudy.protocol.openai import chat, completions
 from understudy.protocol.openai.answer import DONE, ChunkEncoder, Heading, usage, usage_event
 from understudy.protocol.openai.presentation import Presentation
 from understudy.protocol.openai.stream_ids import EventIds
-from understudy.protocol.request import Request
+from understudy.protocol.request import Request, hastened
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.served_model import ServedModel
 
@@ -164,7 +165,11 @@ class Answers:
         if self._is_stopping:
             raise Unavailable(STOPPING)
         if call.positions is None and any(one.params.max_tokens for one in call.requests):
+            called_at = self._clock.now()
             await self._until_serving()
+            passed_s = self._clock.now() - called_at
+            requests = [hastened(request, passed_s) for request in call.requests]
+            call = dataclasses.replace(call, requests=requests)
         open_requests = OpenRequests(self._port, self._wake)
         self._calls[open_requests] = call
         try:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from understudy.actors.gateway import Sink
-from understudy.protocol.errors import NotFound, RequestError
+from understudy.protocol.errors import DeadlineExceeded, NotFound, RequestError
 from understudy.protocol.messages import ClusterState, Found
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
 from understudy.protocol.openai.logprobs import TokenLogprob, spell_logprobs
@@ -304,6 +304,8 @@ class ChoiceOutput:
 
     def _end(self, finish: int) -> None:
         outcome = finish_reason_or_error(FinishReason(finish))
+        if finish == FinishReason.DEADLINE and not self.num_tokens:
+            outcome = DeadlineExceeded("the deadline passed before there was a token")
         if isinstance(outcome, RequestError):
             self.error = outcome
         else:

@@ -10,13 +10,13 @@ from typing import Final, Literal, NamedTuple, TypeVar
 
 from aiohttp import hdrs, web
 
+from understudy.actors.http_access import with_rights
 from understudy.actors.http_answers import Answers, Call, HttpLimits
 from understudy.actors.http_rejoin import (
     StreamEndpoints,
     body_digest,
     idempotency_key,
     is_resumable_call,
-    tenant_of,
 )
 from understudy.protocol.errors import (
     AlreadySubmitted,
@@ -226,13 +226,13 @@ class GenerationEndpoints:
         requests = [
             dataclasses.replace(
                 request,
-                tenant=tenant_of(http_request),
                 presentation=encode_presentation(presentation),
                 idempotency_key=key,
                 body_digest=digest,
             )
             for request, presentation in zip(prepared.requests, presentations, strict=True)
         ]
+        requests = with_rights(http_request, requests)
         call = Call(
             requests=requests,
             presentations=presentations,

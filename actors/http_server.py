@@ -21,6 +21,7 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
+from understudy.actors.http_access import FindKey, access_middleware
 from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
@@ -65,6 +66,7 @@ async def serve_http(
     listener: socket.socket,
     clock: Clock,
     limits: HttpLimits | None = None,
+    find_key: FindKey | None = None,
     chance: random.Random | None = None,
     wall_clock: Callable[[], float] = time.time,
 ) -> web.AppRunner:
@@ -77,6 +79,7 @@ async def serve_http(
         listener: Where clients connect; closed in the end.
         clock: Time for the core.
         limits: What one client may take.
+        find_key: Tells whose a key is; ``None``: calls need no key.
         chance: Where ids, seeds and jitter come from; the system's if ``None``.
         wall_clock: Seconds since 1970.
     """
@@ -94,7 +97,8 @@ async def serve_http(
         draw=chance.getrandbits,
     )
     app = web.Application(
-        client_max_size=limits.body_bytes_max, middlewares=[_error_middleware(chance)]
+        client_max_size=limits.body_bytes_max,
+        middlewares=[_error_middleware(chance), access_middleware(find_key, served.name)],
     )
     app[_IS_LEAVING] = asyncio.Event()
     app.on_response_prepare.append(_add_request_id)
@@ -269,6 +273,8 @@ def _error_response(
         retry_after_s = min(spread * (error.retry_after_s or RETRY_AFTER_S), RETRY_AFTER_MAX_S)
         headers["Retry-After"] = str(math.ceil(retry_after_s))
         headers["retry-after-ms"] = str(math.ceil(1e3 * retry_after_s))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if not error.should_retry:
         headers["x-should-retry"] = "false"
     return json_response(error.body(), status=status, headers=headers)

@@ -25,6 +25,7 @@ from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.messages import Dying
 from understudy.runtime.config import EngineConfig, GatewayConfig, SupervisorConfig
 from understudy.runtime.control.admission import AdmissionLimits
+from understudy.runtime.keys import KeyWatch
 from understudy.runtime.kit.actor import SUPERVISOR, Send
 from understudy.runtime.kit.clock import MonotonicClock
 from understudy.runtime.kit.driver import Driver
@@ -48,6 +49,7 @@ T = TypeVar("T")
 TOLD_WITHIN_S: Final = 2.0
 """A gateway that has heard of no engine by then says so itself to whoever calls."""
 
+_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 _LOOK_EVERY_S: Final = 0.01
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -168,10 +170,19 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     loop = ActorLoop(Driver(gateway, SessionTable(identity), clock), mailbox)
     stopped = asyncio.ensure_future(_until_stopped(loop))  # it may be told to while it starts
     await _until_told(gateway, clock)
-    limits = HttpLimits(shutdown_timeout_s=config.shutdown_timeout_s)
+    keys = _watch_keys(config.key_file, config.api_key, clock)
+    if not (keys.asks_for_keys or config.host in _LOOPBACK):
+        get_logger().warning("anybody may call: there are no keys", address=address)
     runner = await serve_http(
-        gateway, loop.wake, served, listener=listener, clock=clock, limits=limits
+        gateway,
+        loop.wake,
+        served,
+        listener=listener,
+        clock=clock,
+        limits=HttpLimits(shutdown_timeout_s=config.shutdown_timeout_s),
+        find_key=keys.find if keys.asks_for_keys else None,
     )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
     admin = await serve_admin(gateway, loop.wake, admin_socket(config.run_dir, config.name))
     get_logger().info("gateway is up", address=address, pid=os.getpid())
     await stopped
@@ -179,6 +190,10 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     await stop_http(runner)
     loop.stop()
     return 0
+
+
+def _watch_keys(path: Path | None, api_key: str | None, clock: MonotonicClock) -> KeyWatch:
+    return KeyWatch(path, api_key, now=clock.now, complain=get_logger().error)
 
 
 def _make_engine(config: EngineConfig, identity: str, clock: MonotonicClock) -> Engine:

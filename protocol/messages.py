@@ -12,6 +12,7 @@ Who says what to whom::
     gateway ──Submit/Cancel──▶ supervisor ──Accepted/Rejected/Deliver/Failed──▶ gateway
     gateway ──Reclaim/Attach/Lookup──▶ supervisor ──Deliver/Failed/Found──▶ gateway
     gateway ──ResetPrefixCache──▶ supervisor ──ResetPrefixCache──▶ engine
+    gateway ──UsageRequest──▶ supervisor ──UsageReply──▶ gateway
     supervisor ──Assign/Cancel──▶ engine ──StepOutput/Inventory/Refused──▶ supervisor
     engine ──Dying──▶ supervisor;  launcher ──ProcessExited──▶ supervisor
     supervisor ──ClusterState──▶ gateway
@@ -30,6 +31,7 @@ from enum import IntEnum
 from typing import Final, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 
 from understudy.protocol.request import Request, TokenRow
+from understudy.protocol.usage import DayUsage
 
 T = TypeVar("T")
 
@@ -266,6 +268,7 @@ class Failed:
     request_id: int
     code: str
     message: str
+    retry_after_s: float | None = None
 
 
 @message(21)
@@ -333,6 +336,8 @@ class Assign:
     output: tuple[int, ...] = ()
     is_suspect: bool = False
     """An engine died in a step of it: its first step is run alone."""
+    deadline_s: float | None = None
+    """What is left until the request has to be complete."""
 
 
 @message(33)
@@ -367,6 +372,21 @@ class Refused:
 @message(36)
 class ResetPrefixCache:
     """Forget every computed prefix: from a gateway, and from the supervisor to each engine."""
+
+
+@message(45)
+class UsageRequest:
+    """A gateway asks what a tenant has used."""
+
+    tenant: str
+
+
+@message(46)
+class UsageReply:
+    """What a tenant has used, day by day."""
+
+    tenant: str
+    days: tuple[DayUsage, ...]
 
 
 @message(48, datagram=True)
@@ -465,6 +485,8 @@ Message: TypeAlias = (
     | StepOutput
     | Refused
     | ResetPrefixCache
+    | UsageRequest
+    | UsageReply
     | StatusRequest
     | StatusReply
     | DrainRequest

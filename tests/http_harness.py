@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from understudy.actors.http_access import FindKey
 from understudy.actors.http_answers import HttpLimits
 from understudy.actors.http_server import serve_http
 from understudy.actors.scripted_gateway import ScriptedGateway
@@ -173,6 +174,7 @@ async def serving(
     limits: HttpLimits | None = None,
     name: str = MODEL,
     wall_clock: Callable[[], float] = lambda: NOW,
+    find_key: FindKey | None = None,
 ) -> AsyncIterator[Harness]:
     """A server for the model in ``directory``."""
     served = ServedModel.from_directory(directory, name=name, max_model_len=None)
@@ -188,6 +190,7 @@ async def serving(
         limits=limits or HttpLimits(shutdown_timeout_s=0.1),
         chance=random.Random(1),
         wall_clock=wall_clock,
+        find_key=find_key,
     )
     try:
         async with aiohttp.ClientSession(f"http://{host}:{port}") as session:

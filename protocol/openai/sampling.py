@@ -26,6 +26,7 @@ STOP_TOKEN_IDS_MAX: Final = 64
 LOGIT_BIAS_MAX: Final = 1024
 LOGPROBS_MAX: Final = 20
 CACHE_SALT_BYTES_MAX: Final = 256
+DEADLINE_MS_MAX: Final = 86_400_000
 
 _SMALLEST: Final = 1e-5
 """Temperatures below it are greedy; as top_p it keeps the likeliest token alone."""
@@ -64,6 +65,7 @@ class GenerationFields(msgspec.Struct, kw_only=True, frozen=True):
     ignore_eos: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    deadline_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Generation:
     continuous_usage: bool
     priority: int
     cache_salt: str
+    deadline_s: float | None = None
 
 
 def check_generation(
@@ -143,7 +146,14 @@ def check_generation(
         continuous_usage=options.continuous_usage_stats or False,
         priority=_within("priority", fields.priority, 0, least=-(1 << 31), most=(1 << 31) - 1),
         cache_salt=_cache_salt(fields.cache_salt),
+        deadline_s=_deadline_s(fields.deadline_ms),
     )
+
+
+def _deadline_s(deadline_ms: int | None) -> float | None:
+    if deadline_ms is None:
+        return None
+    return _within("deadline_ms", deadline_ms, 0, least=1, most=DEADLINE_MS_MAX) / 1e3
 
 
 def _cache_salt(salt: str | None) -> str:
@@ -225,6 +235,7 @@ def make_requests(
             ),
             priority=generation.priority,
             cache_salt=generation.cache_salt,
+            deadline_s=generation.deadline_s,
         )
         for index, request_id in enumerate(request_ids)
     ]
