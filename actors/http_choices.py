@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from understudy.actors.gateway import Sink
 from understudy.protocol.errors import DeadlineExceeded, NotFound, RequestError
-from understudy.protocol.messages import ClusterState, Found
+from understudy.protocol.messages import ClusterState, Found, UsageReply
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
 from understudy.protocol.openai.logprobs import TokenLogprob, spell_logprobs
 from understudy.protocol.openai.presentation import Presentation
@@ -58,6 +58,10 @@ class RequestPort(Protocol):
         self, group_id: int, tenant: str, found: Callable[[Found | None], None], now: float
     ) -> None:
         """Ask which requests a group has."""
+        ...
+
+    def ask_usage(self, tenant: str, told: Callable[[UsageReply | None], None]) -> None:
+        """Ask what a tenant has used."""
         ...
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:

@@ -26,6 +26,7 @@ from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
 from understudy.actors.http_rejoin import StreamEndpoints
+from understudy.actors.http_usage import UsageEndpoint
 from understudy.protocol.errors import (
     InternalError,
     InvalidRequest,
@@ -107,6 +108,7 @@ async def serve_http(
     app.router.add_post("/v1/chat/completions", generation.chat_completions)
     app.router.add_post("/v1/completions", generation.completions)
     app.router.add_get("/v1/streams/{id}", streams.stream, allow_head=False)
+    app.router.add_get("/v1/usage", UsageEndpoint(port, wake, wall_clock=wall_clock).usage)
     app.router.add_get("/v1/models", status.models)
     app.router.add_get("/v1/models/{model:.+}", status.model)
     app.router.add_get("/health", status.ready)

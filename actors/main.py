@@ -50,6 +50,7 @@ TOLD_WITHIN_S: Final = 2.0
 """A gateway that has heard of no engine by then says so itself to whoever calls."""
 
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+_DAY_S: Final = 86_400
 _LOOK_EVERY_S: Final = 0.01
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -132,8 +133,10 @@ async def _serve_supervisor(config: SupervisorConfig) -> int:
         stage=NodeStage(config.run_dir, probe, convicts),
         limits=AdmissionLimits(requests_max=config.queue_max),
         started_at=clock.now(),
+        policy_of=_watch_keys(config.key_file, None, clock).policy_of,
+        today=lambda: int(time.time() // _DAY_S),
     )
-    supervisor.restore(restored_entries(journal, recovery), clock.now())
+    supervisor.restore(restored_entries(journal, recovery), clock.now(), recovery.usage)
     for fingerprint in convicts.fingerprints():
         supervisor.dispatcher.quarantine.convict(fingerprint, clock.now())
     try:

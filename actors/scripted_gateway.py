@@ -13,7 +13,7 @@ from typing import Final
 
 from understudy.actors.gateway import Sink
 from understudy.protocol.errors import AlreadySubmitted, IdempotencyMismatch, RequestError
-from understudy.protocol.messages import ClusterState, Found
+from understudy.protocol.messages import ClusterState, Found, UsageReply
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -21,6 +21,7 @@ from understudy.protocol.request import (
     TokenRow,
     extend_prefix_hash,
 )
+from understudy.protocol.usage import DayUsage
 
 SERVING: Final = ClusterState(engines_serving=1, engines_known=1, max_model_len=0)
 
@@ -63,6 +64,7 @@ class ScriptedGateway:
         is_hopeful: Whether there is hope for an engine while none serves; to be set.
         submitted: Every request so far that was taken.
         cancelled: Request ids, in the order of their cancellation.
+        used: What each tenant has used; to be set.
         left: Request ids, in the order in which clients left them to themselves.
     """
 
@@ -73,6 +75,7 @@ class ScriptedGateway:
         self.submitted: list[Request] = []
         self.cancelled: list[int] = []
         self.left: list[int] = []
+        self.used: dict[str, tuple[DayUsage, ...]] = {}
         self._script = script
         self._open: dict[int, _Scripted] = {}
         self._groups: dict[int, list[_Scripted]] = {}
@@ -180,6 +183,10 @@ class ScriptedGateway:
         requests = tuple(scripted.request for scripted in group)
         lengths = tuple(len(scripted.tokens) for scripted in group)
         found(Found(group_id, tenant, requests, lengths) if self.is_connected else None)
+
+    def ask_usage(self, tenant: str, told: Callable[[UsageReply | None], None]) -> None:
+        """See ``Gateway``."""
+        told(UsageReply(tenant, self.used.get(tenant, ())) if self.is_connected else None)
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:  # noqa: ARG002
         """See ``Gateway``."""

@@ -8,7 +8,7 @@ journal and the processes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from understudy.protocol.codec import PROTOCOL_VERSION
@@ -42,20 +42,23 @@ from understudy.protocol.messages import (
     StatusRequest,
     StepOutput,
     Submit,
+    UsageReply,
+    UsageRequest,
     Welcome,
 )
 from understudy.protocol.request import Request, TokenRow
 from understudy.runtime.control.admission import AdmissionLimits
-from understudy.runtime.control.canary import CANARY_WITHIN_S, canary_request
+from understudy.runtime.control.canary import CANARY_WITHIN_S, Canary, canary_request
 from understudy.runtime.control.company import Company
 from understudy.runtime.control.dispatcher import Dispatcher
 from understudy.runtime.control.health import ProcessProbe, Verdict
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.control.registry import Member, MemberState
+from understudy.runtime.control.tenancy import UNLIMITED, PolicyOf
 from understudy.runtime.kit.actor import Outbox
 from understudy.runtime.storage.image import HeldRequest
 from understudy.runtime.storage.journal import Degraded, Journal
-from understudy.runtime.storage.records import Record
+from understudy.runtime.storage.records import Record, Usage
 from understudy.runtime.storage.recovery import Recovery
 
 PULSE_EVERY_S: Final = 0.25
@@ -118,6 +121,8 @@ class Supervisor:
         stage: Stage,
         limits: AdmissionLimits | None = None,
         started_at: float = 0.0,
+        policy_of: PolicyOf = lambda _: UNLIMITED,
+        today: Callable[[], int] = lambda: 0,
     ) -> None:
         self.outbox = Outbox()
         self._model = model
@@ -129,6 +134,8 @@ class Supervisor:
             self.outbox,
             limits or AdmissionLimits(),
             lambda: self._company.registry.serving(Role.ENGINE),
+            policy_of=policy_of,
+            today=today,
         )
         self._canaries: dict[int, Canary] = {}
         self._canary_ids = itertools.count(1)
@@ -146,8 +153,9 @@ class Supervisor:
         """The life of the requests; for tests and for reports."""
         return self._dispatcher
 
-    def restore(self, entries: Iterable[Entry], now: float) -> None:
+    def restore(self, entries: Iterable[Entry], now: float, usage: Iterable[Usage] = ()) -> None:
         """Take over what an earlier supervisor wrote down."""
+        self._dispatcher.accounts.restore(usage)
         for entry in entries:
             self._dispatcher.restore(entry, now)
         self._is_recovering = True
@@ -168,7 +176,7 @@ class Supervisor:
                 is_known = self._dispatcher.quarantine.release(fingerprint)
                 self.outbox.send(sender, ReleaseReply(fingerprint, is_known))
             case DrainRequest(engine, mode):
-                self.outbox.send(sender, self._drain(engine, mode))
+                self.outbox.send(sender, self._drain(engine, mode, now))
             case _ if member is None or not member.is_alive:
                 pass  # a stranger, or one that was given up: its session is over
             case _ if member.role is Role.ENGINE:
@@ -191,14 +199,20 @@ class Supervisor:
         self._decided_at = now
         if now >= self._chores_at:
             self._do_chores(now)
-        self._dispatcher.deliver()
+        self._dispatcher.expire(now)
+        self._dispatcher.audience.deliver()
         self._dispatcher.assign_waiting(now)
         self._announce()
         for convict in self._dispatcher.take_convicts():
             self._stage.keep_convict(convict)
         self._journal.append(self._dispatcher.take_records())
         self._journal.commit(now)
-        times = (self._chores_at, self._company.next_judgement(now), self._journal.wake_at)
+        times = (
+            self._chores_at,
+            self._company.next_judgement(now),
+            self._journal.wake_at,
+            self._dispatcher.deadlines.next_at,
+        )
         self._wake_at = min(time for time in times if time is not None)
 
     def check_integrity(self) -> None:
@@ -218,7 +232,7 @@ class Supervisor:
                     self._dispatcher.end_inventory(engine)
             case Refused(request_id, attempt, code, text):
                 error = from_code(code, text)
-                self._dispatcher.refused(request_id, attempt, engine.identity, error)
+                self._dispatcher.refused(request_id, attempt, engine.identity, error, now)
             case Dying():
                 self._bury(engine, now)
             case _:
@@ -241,6 +255,9 @@ class Supervisor:
                 self._dispatcher.reclaim(held, identity, now)
             case Lookup(group_id, tenant):
                 self._dispatcher.look_up(group_id, tenant, identity)
+            case UsageRequest(tenant):
+                used = self._dispatcher.accounts.usage(tenant)
+                self.outbox.send(identity, UsageReply(tenant, used))
             case Dying():
                 self._bury(gateway, now)
             case _:
@@ -313,7 +330,7 @@ class Supervisor:
             self._has_news = True
             registry.break_down(exited.name, exited.pid, now).restarts = exited.restarts
 
-    def _drain(self, engine: str, mode: DrainMode) -> DrainReply:
+    def _drain(self, engine: str, mode: DrainMode, now: float) -> DrainReply:
         """Let an engine rest: it gets nothing new, and keeps or hands over what it has."""
         member = self._company.registry.named(engine)
         if member is None or member.role is not Role.ENGINE or not member.is_alive:
@@ -322,7 +339,7 @@ class Supervisor:
             member.state = MemberState.DRAINING
             self._has_news = True
         if mode is DrainMode.MIGRATE:
-            self._dispatcher.move_away(member.identity)
+            self._dispatcher.move_away(member.identity, now)
         outstanding = self._dispatcher.outstanding(member.identity)
         return DrainReply(engine, is_known=True, outstanding=outstanding)
 
@@ -417,6 +434,7 @@ class Supervisor:
             resumed_inexact=totals.resumed_inexact,
             quarantined=totals.quarantined,
             journal_fault=degraded.reason if degraded is not None else "",
+            shed=totals.shed,
         )
 
     def _engine_status(self, member: Member, now: float) -> EngineStatus:
@@ -477,14 +495,3 @@ def _entry(held: HeldRequest) -> Entry:
         ended_at=held.ended_at,
         num_cached_tokens=held.num_cached_tokens,
     )
-
-
-class Canary:
-    """A canary that an engine has not answered yet."""
-
-    __slots__ = ("due_at", "engine", "tokens")
-
-    def __init__(self, engine: Member, due_at: float) -> None:
-        self.engine = engine
-        self.due_at = due_at
-        self.tokens: list[int] = []

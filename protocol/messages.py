@@ -415,6 +415,8 @@ class StatusReply:
     """Requests that were given up because engines died of them."""
     journal_fault: str = ""
     """Why the journal cannot be written at present; empty: it can."""
+    shed: int = 0
+    """Requests that were admitted, waited, and had to go for more urgent ones."""
 
 
 class DrainMode(IntEnum):

@@ -166,6 +166,11 @@ class _Reader:
                 why = f": {code} {message}" if code or message else ""
                 text = f"end {reason} after {mark.length} tokens{why}"
                 return self._about(lsn, text, [mark.serial])
+            case records.USAGE:
+                used = records.decode_usage(data, start, stop)
+                counts = used.usage
+                text = f"{counts.prompt_tokens} + {counts.output_tokens} tokens"
+                return Event(lsn, f"usage of {used.tenant or '-'} on day {counts.day}: {text}", ())
             case records.CLOCK:
                 return Event(lsn, f"clock {records.decode_clock(data, start):.3f} s", ())
             case _:

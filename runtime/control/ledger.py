@@ -31,6 +31,9 @@ RETAINED_TOKENS_MAX: Final = 32 * 1024 * 1024
 """Prompt and output tokens of ended requests; the oldest are forgotten first."""
 
 
+_INFINITY: Final = float("inf")
+
+
 class Verdict(Enum):
     """What became of a row."""
 
@@ -73,6 +76,23 @@ class Entry:
     ended_at: float = 0.0
     num_cached_tokens: int = 0
     """Of the prompt, in the cache of the engine that made the first token."""
+    assigned_at: float = 0.0
+    """When it was given to an engine for the first time; 0: not by this supervisor."""
+    first_token_at: float = 0.0
+
+    @property
+    def deadline_at(self) -> float:
+        """When its answer has to be complete."""
+        deadline_s = self.request.deadline_s
+        return _INFINITY if deadline_s is None else self.admitted_at + deadline_s
+
+    @property
+    def due_at(self) -> float:
+        """When it is of no use any more to go on waiting."""
+        first_token_s = self.request.first_token_s
+        if first_token_s is None or self.output:
+            return self.deadline_at
+        return min(self.deadline_at, self.admitted_at + first_token_s)
 
     @property
     def request_id(self) -> int:
@@ -88,6 +108,11 @@ class Entry:
     def is_void(self) -> bool:
         """Whether it was called off before anything came of it: nobody wants to join that."""
         return self.finish == FinishReason.CANCELLED and not self.output
+
+    def end_row(self, finish: FinishReason) -> TokenRow:
+        """A row that ends the output where it is."""
+        position = len(self.output)
+        return TokenRow(self.request_id, self.attempt, position, (), self.prefix_hash, finish)
 
     def rows_from(self, position: int, num_tokens_max: int) -> list[TokenRow]:
         """All output from a position on, in rows of limited length; the last has the end."""
@@ -186,7 +211,7 @@ class Ledger:
         entry.engine = engine
         entry.epoch = epoch
         if entry.attempt == 1:
-            entry.progress_at = now
+            entry.progress_at = entry.assigned_at = now
         return entry
 
     def release(self, request_id: int) -> Entry:
@@ -269,6 +294,8 @@ class Ledger:
         prefix_hash = extend_prefix_hash(entry.prefix_hash, row.tokens)
         if prefix_hash != row.prefix_hash:
             return Verdict.BROKEN
+        if not entry.output:
+            entry.first_token_at = now
         entry.output.extend(row.tokens)
         if row.logprobs:
             assert isinstance(entry.logprobs, list), "an output grows while its request lives"

@@ -39,7 +39,16 @@ from understudy.runtime.storage import records
 from understudy.runtime.storage.compaction import Compaction
 from understudy.runtime.storage.disk import Disk
 from understudy.runtime.storage.image import HeldRequest, Retention, describe
-from understudy.runtime.storage.records import Admit, Assign, CacheHit, End, Epoch, Record, Step
+from understudy.runtime.storage.records import (
+    Admit,
+    Assign,
+    CacheHit,
+    End,
+    Epoch,
+    Record,
+    Step,
+    Usage,
+)
 from understudy.runtime.storage.recovery import (
     DAMAGE_CODE,
     DAMAGE_MESSAGE,
@@ -206,6 +215,7 @@ class Journal:
         parts: list[bytes] = []
         if self._writer.is_open and self._writer.is_empty:
             parts.append(self._header())
+            self._repeat_usage(parts)
         self._encode(parts, now)
         if self._writer.is_open and self._compaction is not None:
             self._move_portion(self._compaction, parts)
@@ -280,6 +290,9 @@ class Journal:
                 image.end(held, reason, image.clock, code, message)
                 mark = records.EndMark(held.serial, reason, len(held.output), held.prefix_hash)
                 self._add(parts, records.END, records.encode_end(mark, code, message))
+            case Usage():
+                image.note_usage(record)
+                self._add(parts, records.USAGE, records.encode_usage(record))
             case Epoch(highest):
                 image.epoch = max(image.epoch, highest)
                 self._add(parts, records.EPOCH, records.encode_epoch(highest))
@@ -302,6 +315,12 @@ class Journal:
         )
         self._lsn += 1
         return encode_header(header)
+
+    def _repeat_usage(self, parts: list[bytes]) -> None:
+        """Every segment begins with all that is known of usage: those before it may go."""
+        for days in self._image.usage.values():
+            for usage in days.values():
+                self._add(parts, records.USAGE, records.encode_usage(usage))
 
     # Segments
 

@@ -166,7 +166,7 @@ class Cluster:
             self.watch.begin(entries)
             if self.watch.is_disk_sound:
                 self._check_remembered(entries)
-            supervisor.restore(entries, clock.now())
+            supervisor.restore(entries, clock.now(), recovery.usage)
             return supervisor
 
         self.loop.add(SUPERVISOR, make_supervisor)

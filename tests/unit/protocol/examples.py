@@ -129,7 +129,7 @@ EXAMPLES: tuple[Message, ...] = (
     UsageRequest("acme"),
     UsageReply("acme", (DayUsage(20_000, 1, 2, 3, 4, 0.5), DayUsage(20_001, 5, 6, 7, 8, 1.5))),
     StatusRequest(),
-    StatusReply("demo", 60.5, (ENGINE,), (GATEWAY,), 1, 2, 3, 4, 5, 6, 7, 8, 9, "full"),
+    StatusReply("demo", 60.5, (ENGINE,), (GATEWAY,), 1, 2, 3, 4, 5, 6, 7, 8, 9, "full", 10),
     DrainRequest("engine-0", DrainMode.MIGRATE),
     DrainReply("engine-0", True, 3),
     ReleaseRequest(b"\x05"),
