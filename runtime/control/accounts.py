@@ -1,18 +1,22 @@
 """The accounts: what each tenant's requests cost, for fair shares, limits and the bill. Pure.
 
-Shares are charged while a request runs, so that the queue knows what is going on; limits when it
-is taken in and when it ends; usage when it ends, and then for good: a record of the tenant's day
-goes into the journal with the very turn in which the request ended, and so each is counted once,
-whoever is killed when.
+Shares are charged when a request is given to an engine, with as many tokens as its tenant's answers
+have had of late, and put right while it runs and when it ends: charged only for what has come, a
+tenant would get one batch after another before the first of them counts (Sheng et al. call it VTC
+with length prediction). Limits are charged when it is taken in and when it ends. Usage counts when
+it ends, and then for good: a record of the tenant's day goes into the journal with the very turn in
+which the request ended, and so each is counted once, whoever is killed when.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from understudy.protocol.request import FinishReason
 from understudy.protocol.usage import DayUsage
 from understudy.runtime.control.fair_share import (
+    IDLE_TENANTS_MAX,
     KV_TOKEN_S_COST,
     OUTPUT_TOKEN_COST,
     PROMPT_TOKEN_COST,
@@ -24,6 +28,9 @@ from understudy.runtime.control.registry import Member
 from understudy.runtime.control.tenancy import PolicyOf, TenantLimits
 from understudy.runtime.storage.image import USAGE_DAYS_KEPT
 from understudy.runtime.storage.records import Usage
+
+USUAL_LENGTH: Final = 16.0
+"""What a tenant's first answer is taken to have."""
 
 
 class _Meter:
@@ -65,6 +72,8 @@ class Accounts:
         self.forecast = Forecast()
         self._today = today
         self._meters: dict[int, _Meter] = {}
+        self._lengths: dict[str, float] = {}
+        """How long the answers of each tenant are of late."""
         self._usage: dict[str, dict[int, DayUsage]] = {}
         self._changed: set[tuple[str, int]] = set()
 
@@ -89,14 +98,19 @@ class Accounts:
             meter.has_run = True
             meter.num_beside = num_beside
             meter.had_to_wait = num_beside > num_places
-            cost = PROMPT_TOKEN_COST * len(entry.request.prompt)
-            self.fair_share.charge(entry.request.tenant, cost)
+            request = entry.request
+            usual = self._lengths.get(request.tenant, USUAL_LENGTH)
+            meter.output = len(entry.output) + min(int(usual), request.params.max_tokens)
+            cost = PROMPT_TOKEN_COST * len(request.prompt) + OUTPUT_TOKEN_COST * meter.output
+            self.fair_share.charge(request.tenant, cost)
 
     def settle(self, entry: Entry, now: float) -> None:
         """Charge what a request has had since the last time."""
         meter = self._meters[entry.request_id]
         output = len(entry.output)
-        cost = OUTPUT_TOKEN_COST * (output - meter.output)
+        # While it runs only what is more than expected is charged, at its end the rest given back.
+        counted = output if entry.finish else max(output, meter.output)
+        cost = OUTPUT_TOKEN_COST * (counted - meter.output)
         if output and entry.engine is not None:
             kv_token_s = entry.num_tokens * max(0.0, now - meter.settled_at)
             meter.kv_token_s += kv_token_s
@@ -104,7 +118,7 @@ class Accounts:
         if entry.num_cached_tokens != meter.cached:
             cost -= PROMPT_TOKEN_COST * (entry.num_cached_tokens - meter.cached)
             meter.cached = entry.num_cached_tokens
-        meter.output = output
+        meter.output = counted
         meter.settled_at = now
         if cost:
             self.fair_share.charge(entry.request.tenant, cost)
@@ -115,6 +129,8 @@ class Accounts:
         meter = self._meters.pop(entry.request_id)
         output = len(entry.output)
         life_s = now - entry.admitted_at
+        if meter.has_run:
+            self._note_length(entry.request.tenant, output)
         self.limits.end(entry.request.tenant, num_output_tokens=output, life_s=life_s, now=now)
         if meter.has_run:
             self._bill(entry, meter.kv_token_s)
@@ -144,6 +160,12 @@ class Accounts:
         for tenant in {entry.request.tenant for entry in entries}:
             count = sum(entry.request.tenant == tenant for entry in entries)
             assert self.limits.concurrency(tenant) == count
+
+    def _note_length(self, tenant: str, num_tokens: int) -> None:
+        usual = self._lengths.pop(tenant, float(num_tokens))
+        self._lengths[tenant] = usual + (num_tokens - usual) / 8
+        if len(self._lengths) > IDLE_TENANTS_MAX:
+            del self._lengths[next(iter(self._lengths))]
 
     def _bill(self, entry: Entry, kv_token_s: float) -> None:
         tenant, day = entry.request.tenant, self._today()
