@@ -45,6 +45,11 @@ class HttpLimits:
     body_timeout_s: float = 30.0
     keep_alive_s: float = 10.0
     write_timeout_s: float = 30.0
+    header_timeout_s: float = 9.0
+    """From the first byte to the last of a header; a little more passes until somebody looks."""
+    idle_timeout_s: float = 75.0
+    """Between two requests of one connection."""
+    connections_per_address: int = 8192
     shutdown_timeout_s: float = 30.0
     """How long open streams may go on when the gateway is told to stop."""
 

@@ -25,6 +25,7 @@ from understudy.actors.http_access import FindKey, access_middleware
 from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
+from understudy.actors.http_guard import ConnectionGuards, GuardedSite
 from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.actors.http_usage import UsageEndpoint
 from understudy.protocol.errors import (
@@ -40,6 +41,7 @@ from understudy.protocol.errors import (
 from understudy.protocol.openai.models import model_list, model_object
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.listening import BACKLOG
+from understudy.runtime.kit.tls import Certificate
 from understudy.runtime.log import get_logger
 from understudy.runtime.served_model import ServedModel
 
@@ -68,6 +70,7 @@ async def serve_http(
     clock: Clock,
     limits: HttpLimits | None = None,
     find_key: FindKey | None = None,
+    certificate: Certificate | None = None,
     chance: random.Random | None = None,
     wall_clock: Callable[[], float] = time.time,
 ) -> web.AppRunner:
@@ -81,6 +84,7 @@ async def serve_http(
         clock: Time for the core.
         limits: What one client may take.
         find_key: Tells whose a key is; ``None``: calls need no key.
+        certificate: For TLS; ``None``: plain HTTP.
         chance: Where ids, seeds and jitter come from; the system's if ``None``.
         wall_clock: Seconds since 1970.
     """
@@ -97,9 +101,14 @@ async def serve_http(
         wall_clock=wall_clock,
         draw=chance.getrandbits,
     )
+    guards = ConnectionGuards(limits, asyncio.get_running_loop().time)
     app = web.Application(
         client_max_size=limits.body_bytes_max,
-        middlewares=[_error_middleware(chance), access_middleware(find_key, served.name)],
+        middlewares=[
+            guards.middleware(),
+            _error_middleware(chance),
+            access_middleware(find_key, served.name),
+        ],
     )
     app[_IS_LEAVING] = asyncio.Event()
     app.on_response_prepare.append(_add_request_id)
@@ -119,6 +128,7 @@ async def serve_http(
     async def stop(_: web.Application) -> None:
         await answers.stop()
         generation.close()
+        guards.stop()
 
     app.on_shutdown.append(stop)
     runner = web.AppRunner(
@@ -130,7 +140,10 @@ async def serve_http(
         shutdown_timeout=WRITE_LAST_S,
     )
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=BACKLOG).start()
+    context = None if certificate is None else certificate.context
+    site = GuardedSite(runner, listener, guards, ssl_context=context, backlog=BACKLOG)
+    await site.start()
+    guards.start()
     return runner
 
 

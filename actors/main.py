@@ -35,6 +35,7 @@ from understudy.runtime.kit.mailbox import Mailbox
 from understudy.runtime.kit.probe import ProcProbe
 from understudy.runtime.kit.session import SessionTable
 from understudy.runtime.kit.stage import FileStepCard, NodeStage, card_path
+from understudy.runtime.kit.tls import Certificate
 from understudy.runtime.log import get_logger
 from understudy.runtime.scheduling.scheduler import SchedulerConfig
 from understudy.runtime.settings import SUPERVISOR_SOCKET
@@ -174,6 +175,7 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     stopped = asyncio.ensure_future(_until_stopped(loop))  # it may be told to while it starts
     await _until_told(gateway, clock)
     keys = _watch_keys(config.key_file, config.api_key, clock)
+    certificate = _certificate(config)
     if not (keys.asks_for_keys or config.host in _LOOPBACK):
         get_logger().warning("anybody may call: there are no keys", address=address)
     runner = await serve_http(
@@ -182,10 +184,20 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
         served,
         listener=listener,
         clock=clock,
-        limits=HttpLimits(shutdown_timeout_s=config.shutdown_timeout_s),
+        limits=HttpLimits(
+            shutdown_timeout_s=config.shutdown_timeout_s,
+            connections_per_address=config.connections_per_address,
+        ),
         find_key=keys.find if keys.asks_for_keys else None,
+        certificate=certificate,
     )
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
+
+    def reload() -> None:
+        keys.reload()
+        if certificate is not None:
+            certificate.reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     admin = await serve_admin(gateway, loop.wake, admin_socket(config.run_dir, config.name))
     get_logger().info("gateway is up", address=address, pid=os.getpid())
     await stopped
@@ -193,6 +205,15 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     await stop_http(runner)
     loop.stop()
     return 0
+
+
+def _certificate(config: GatewayConfig) -> Certificate | None:
+    chain, key = config.tls_certificate, config.tls_key
+    if chain is None and key is None:
+        return None
+    if chain is None or key is None:
+        raise ConfigurationError("tls-certificate and tls-key belong together: give both")
+    return Certificate(chain, key, get_logger().error)
 
 
 def _watch_keys(path: Path | None, api_key: str | None, clock: MonotonicClock) -> KeyWatch:

@@ -104,6 +104,10 @@ class GatewayConfig:
     """Whose keys are let in; ``None``: there is no such file."""
     api_key: str | None = dataclasses.field(repr=False)
     """A further key. With neither, calls need no key."""
+    tls_certificate: Path | None
+    tls_key: Path | None
+    """With a certificate and its key it is HTTPS that is served."""
+    connections_per_address: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from understudy.actors.scripted_gateway import ScriptedGateway
 from understudy.protocol.request import Request
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.listening import listen
+from understudy.runtime.kit.tls import Certificate
 from understudy.runtime.served_model import ServedModel
 
 T = TypeVar("T")
@@ -175,6 +176,7 @@ async def serving(
     name: str = MODEL,
     wall_clock: Callable[[], float] = lambda: NOW,
     find_key: FindKey | None = None,
+    certificate: Certificate | None = None,
 ) -> AsyncIterator[Harness]:
     """A server for the model in ``directory``."""
     served = ServedModel.from_directory(directory, name=name, max_model_len=None)
@@ -191,6 +193,7 @@ async def serving(
         chance=random.Random(1),
         wall_clock=wall_clock,
         find_key=find_key,
+        certificate=certificate,
     )
     try:
         async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
