@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import ssl
 import urllib.error
 import urllib.request
@@ -12,7 +14,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.certificates import make_certificate
 from tests.cluster import Cluster, run_understudy, running_cluster
+from understudy.tools.control import State
 
 
 class Answer(NamedTuple):
@@ -25,8 +29,6 @@ def call(
     cluster: Cluster,
     key: str | None,
     path: str = "/v1/completions",
-    *,
-    context: ssl.SSLContext | None = None,
     **fields: Any,
 ) -> Answer:
     """Call with a key; fields make it a post of them and a prompt."""
@@ -36,7 +38,7 @@ def call(
     body = json.dumps({"prompt": "hello", **fields}).encode() if fields else None
     request = urllib.request.Request(f"{cluster.base_url}{path}", body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=60, context=context) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return Answer(response.status, json.load(response), dict(response.headers))
     except urllib.error.HTTPError as error:
         with error:
@@ -106,6 +108,65 @@ def test_no_key_is_in_a_command_line_or_in_the_log(cluster: Cluster, acme: str) 
     for text in (*children, cluster.log):
         assert acme not in text
         assert "sk-of-a-flag" not in text
+
+
+def test_usage_outlives_a_supervisor_that_is_killed(cluster: Cluster, key_file: Path) -> None:
+    key = make_key(key_file, "counted")
+    until(cluster, key, 200)
+    for _ in range(3):
+        assert call(cluster, key, max_tokens=5, ignore_eos=True).status == 200
+    before = call(cluster, key, "/v1/usage").body["total"]
+    assert before["output_tokens"] >= 15
+    pid = cluster.pids()["supervisor"]
+    os.kill(pid, signal.SIGKILL)
+    cluster.wait_until(lambda report: report.state is State.SERVING)
+    after: list[Answer] = []
+
+    def answers(_: object) -> bool:
+        after.append(call(cluster, key, "/v1/usage"))
+        return after[-1].status == 200
+
+    cluster.wait_until(answers)
+    assert after[-1].body["total"] == before
+    assert after[-1].body["tenant"] == "counted"
+
+
+def test_a_tenants_own_limit_is_told_with_the_time_to_wait(
+    cluster: Cluster, key_file: Path
+) -> None:
+    key = make_key(key_file, "slow", "--requests-per-s=0.5")
+    until(cluster, key, 200)
+    refused = until(cluster, key, 429)
+    assert refused.body["error"]["type"] == "rate_limit_error"
+    assert 0 < int(refused.headers["retry-after-ms"]) <= 2500
+    assert int(refused.headers["Retry-After"]) <= 3
+
+
+def is_trusted(address: str, chain: Path) -> bool:
+    """Whether the server shows this certificate."""
+    context = ssl.create_default_context(cafile=str(chain))
+    try:
+        with urllib.request.urlopen(
+            f"https://{address}/live", timeout=60, context=context
+        ) as response:
+            return bool(response.status == 200)
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise
+        return False
+
+
+def test_a_certificate_is_replaced_by_sighup(tmp_path: Path) -> None:
+    files = make_certificate(tmp_path)
+    flags = (f"--tls-certificate={files.chain}", f"--tls-key={files.key}")
+    with running_cluster(*flags, engines=1) as cluster:
+        cluster.wait_until(lambda _: "at https://" in cluster.log)
+        address = cluster.reply().gateways[0].address
+        assert is_trusted(address, files.chain)
+        make_certificate(tmp_path)
+        assert not is_trusted(address, files.chain)
+        os.kill(cluster.pids()["gateway-0"], signal.SIGHUP)
+        cluster.wait_until(lambda _: is_trusted(address, files.chain))
 
 
 def test_what_is_wrong_with_the_command_is_said(tmp_path: Path) -> None:
