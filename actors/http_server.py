@@ -131,6 +131,15 @@ async def serve_http(
         guards.stop()
 
     app.on_shutdown.append(stop)
+    return await _start(app, listener, guards, certificate)
+
+
+async def _start(
+    app: web.Application,
+    listener: socket.socket,
+    guards: ConnectionGuards,
+    certificate: Certificate | None,
+) -> web.AppRunner:
     runner = web.AppRunner(
         app,
         handler_cancellation=True,

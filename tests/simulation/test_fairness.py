@@ -28,9 +28,9 @@ def request(number: int, tenant: str, *, prompt: int = 16, output: int = 20) -> 
     return Request(number, number, tokens, params, tenant=tenant)
 
 
-def weighted(weights: Mapping[str, float], **options: object) -> Cluster:
+def weighted(weights: Mapping[str, float], limits: AdmissionLimits | None = None) -> Cluster:
     policies = {tenant: TenantPolicy(weight=weight) for tenant, weight in weights.items()}
-    return Cluster(1, engines=1, policy_of=policies.__getitem__, **options)  # type: ignore[arg-type]
+    return Cluster(1, engines=1, policy_of=policies.__getitem__, limits=limits)
 
 
 def num_tokens(clients: Iterable[Client], tenant: str) -> int:
