@@ -83,8 +83,8 @@ async def serve_http(
         listener: Where clients connect; closed in the end.
         clock: Time for the core.
         limits: What one client may take.
-        find_key: Tells whose a key is; ``None``: calls need no key.
-        certificate: For TLS; ``None``: plain HTTP.
+        find_key: Tells whose a key is, if calls need one.
+        certificate: For TLS.
         chance: Where ids, seeds and jitter come from; the system's if ``None``.
         wall_clock: Seconds since 1970.
     """
@@ -102,17 +102,12 @@ async def serve_http(
         draw=chance.getrandbits,
     )
     guards = ConnectionGuards(limits, asyncio.get_running_loop().time)
-    app = web.Application(
-        client_max_size=limits.body_bytes_max,
-        middlewares=[
-            guards.middleware(),
-            _error_middleware(chance),
-            access_middleware(find_key, served.name),
-        ],
+    app = _application(
+        limits,
+        guards.middleware(),
+        _error_middleware(chance),
+        access_middleware(find_key, served.name),
     )
-    app[_IS_LEAVING] = asyncio.Event()
-    app.on_response_prepare.append(_add_request_id)
-    app.on_response_prepare.append(_say_farewell)
     status = _StatusEndpoints(port, served)
     app.router.add_post("/v1/chat/completions", generation.chat_completions)
     app.router.add_post("/v1/completions", generation.completions)
@@ -132,6 +127,15 @@ async def serve_http(
 
     app.on_shutdown.append(stop)
     return await _start(app, listener, guards, certificate)
+
+
+def _application(limits: HttpLimits, *middlewares: Middleware) -> web.Application:
+    """An application without paths; what comes first of ``middlewares`` is outermost."""
+    app = web.Application(client_max_size=limits.body_bytes_max, middlewares=middlewares)
+    app[_IS_LEAVING] = asyncio.Event()
+    app.on_response_prepare.append(_add_request_id)
+    app.on_response_prepare.append(_say_farewell)
+    return app
 
 
 async def _start(

@@ -198,8 +198,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"prompt={prompt!r:.40}", COMPLETIONS, body)
     for messages in MESSAGES:
         yield Case(f"messages={messages!r:.60}", CHAT, json.dumps({"messages": messages}).encode())
-    for logprobs in (-1, 21, 10**6, 2**64, 1.5, "1", {}):
-        body = json.dumps({"prompt": "a", "logprobs": logprobs or []}).encode()
+    for logprobs in (-1, 21, 10**6, 2**64, 1.5, "1", "all"):
+        body = json.dumps({"prompt": "a", "logprobs": logprobs}).encode()
         yield Case(f"logprobs={logprobs!r}", COMPLETIONS, body)
     for top in (-1, 21, 10**6, 1.5, "1", True):
         body = json.dumps({"messages": HELLO, "logprobs": True, "top_logprobs": top}).encode()
