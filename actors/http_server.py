@@ -297,7 +297,9 @@ def _error_response(
     status = status or error.status
     headers = {}
     if status in {429, 503}:
-        spread = chance.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+        # Whose own limit it is would come too early before the time that was computed.
+        least = 1 if status == 429 else 1 - RETRY_JITTER
+        spread = chance.uniform(least, 1 + RETRY_JITTER)
         retry_after_s = min(spread * (error.retry_after_s or RETRY_AFTER_S), RETRY_AFTER_MAX_S)
         headers["Retry-After"] = str(math.ceil(retry_after_s))
         headers["retry-after-ms"] = str(math.ceil(1e3 * retry_after_s))

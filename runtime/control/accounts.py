@@ -80,14 +80,18 @@ class Accounts:
     def begin(self, entry: Entry, now: float, forecast: Promise | None) -> None:
         """A request was taken in, with this forecast."""
         self._meters[entry.request_id] = _Meter(entry, now, forecast)
+        request = entry.request
         self.limits.begin(
-            entry.request.tenant, num_prompt_tokens=len(entry.request.prompt), now=now
+            request.tenant,
+            num_prompt_tokens=len(request.prompt),
+            now=now,
+            num_calls=int(request.request_id == request.group_id),
         )
 
     def resume(self, entry: Entry, now: float) -> None:
         """A request of an earlier supervisor goes on."""
         self._meters[entry.request_id] = _Meter(entry, now, None)
-        self.limits.begin(entry.request.tenant, num_prompt_tokens=0, now=now)
+        self.limits.begin(entry.request.tenant, num_prompt_tokens=0, now=now, num_calls=0)
 
     def assigned(self, entry: Entry, engine: Member, num_beside: int, now: float) -> None:
         """A request was given to an engine, which has ``num_beside`` with it."""

@@ -115,8 +115,8 @@ class TenantLimits:
                 return OwnLimit(text, (1.0 - level) / rate)
         return None
 
-    def begin(self, tenant: str, *, num_prompt_tokens: int, now: float) -> None:
-        """A request of a tenant was taken in."""
+    def begin(self, tenant: str, *, num_prompt_tokens: int, now: float, num_calls: int = 1) -> None:
+        """A request of a tenant was taken in; further choices of a call are no calls."""
         policy = self._policy_of(tenant)
         used = self._tenants.get(tenant)
         if used is None:
@@ -128,7 +128,7 @@ class TenantLimits:
             if used.requests is None:
                 used.requests = Bucket(burst, now)
             used.requests.level(policy.requests_per_s, burst, now)
-            used.requests.draw(1.0)
+            used.requests.draw(num_calls)
         self._draw_tokens(used, policy, num_prompt_tokens, now)
 
     def end(self, tenant: str, *, num_output_tokens: int, life_s: float, now: float) -> None:

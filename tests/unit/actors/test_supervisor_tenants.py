@@ -84,10 +84,13 @@ def test_a_rate_is_kept_however_fast_answers_are() -> None:
 
 
 def test_the_requests_of_one_call_are_let_in_together() -> None:
-    stage = tenants(a=TenantPolicy(requests_per_s=1.0, concurrency=2))
-    call = [of("a", number, group_id=1) for number in range(1, 5)]
-    assert submit(stage, *call) == []
-    assert [one.request_id for one in submit(stage, of("a", 9))] == [9]
+    stage = tenants(a=TenantPolicy(requests_per_s=1.0), b=TenantPolicy(concurrency=2))
+    for tenant, first in (("a", 1), ("b", 11)):
+        call = [of(tenant, number, group_id=first) for number in range(first, first + 4)]
+        assert submit(stage, *call) == []
+        assert [one.request_id for one in submit(stage, of(tenant, first + 8))] == [first + 8]
+    stage.now += 1.0
+    assert submit(stage, of("a", 100)) == []  # four answers were one call
 
 
 # Usage
