@@ -382,14 +382,13 @@ class Dispatcher:
         assert len(held) == len(set(held)) == self.num_living - self.num_queued
 
     def _ask(self, request: Request, now: float) -> Answer:
-        engines = self._serving()
-        places = Places(
-            sum(one.capacity.max_num_seqs for one in engines if one.capacity is not None),
-            self.num_living - self.num_queued,
-        )
-        if self._ledger.group(request.group_id):  # a call is taken as a whole
-            return Answer(forecast=self._door.forecast(request, places))
-        return self._door.ask(request, places, now)
+        if self._ledger.group(request.group_id):
+            return Answer()  # a call is taken as a whole
+        return self._door.ask(request, self._places, now)
+
+    def _places(self) -> Places:
+        seats = [engine.capacity.max_num_seqs for engine in self._serving() if engine.capacity]
+        return Places(sum(seats), self.num_living - self.num_queued)
 
     def _reject(self, request: Request, gateway: str, error: RequestError) -> None:
         self.totals.rejected += 1

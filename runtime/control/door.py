@@ -8,7 +8,8 @@ group is asked.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from understudy.protocol.errors import (
     DeadlineExceeded,
@@ -23,6 +24,9 @@ from understudy.runtime.control.admission import Admission
 from understudy.runtime.control.forecast import Load, Promise
 from understudy.runtime.control.quarantine import Quarantine
 from understudy.runtime.control.request_queue import RequestQueue
+
+FORECAST_EVERY: Final = 4
+"""Of requests without a deadline every fourth is forecast, to learn how good forecasts are."""
 
 
 class Places(NamedTuple):
@@ -60,20 +64,25 @@ class Door:
         self._accounts = accounts
         self._quarantine = quarantine
 
-    def ask(self, request: Request, places: Places, now: float) -> Answer:
-        """Whether a request may come in."""
+    def ask(self, request: Request, places: Callable[[], Places], now: float) -> Answer:
+        """Whether a request may come in; ``places`` tells what engines have."""
         if self._quarantine.is_convicted(fingerprint(request), now):
             return Answer(Quarantined("engines died of this very request not long ago"))
         own = self._accounts.limits.reached(request.tenant, num_requests=1, now=now)
         if own is not None:
             return Answer(RateLimited(own.message, retry_after_s=own.retry_after_s))
-        forecast = self.forecast(request, places)
-        late = self._too_late(request, forecast, places)
-        if late is not None:
-            return Answer(late)
+        has_deadline = request.deadline_s is not None or request.first_token_s is not None
+        if not has_deadline and request.request_id % FORECAST_EVERY:
+            return self._room_for(request, None, now)
+        found = places()
+        forecast = self._forecast(request, found)
+        if has_deadline:
+            late = self._too_late(request, forecast, found)
+            if late is not None:
+                return Answer(late)
         return self._room_for(request, forecast, now)
 
-    def forecast(self, request: Request, places: Places) -> Promise | None:
+    def _forecast(self, request: Request, places: Places) -> Promise | None:
         """When a request that is taken now is expected to be served."""
         num_ahead = self._queue.num_ahead(tenant=request.tenant, priority=request.priority)
         return self._accounts.forecast.forecast(
@@ -86,8 +95,6 @@ class Door:
         self, request: Request, forecast: Promise | None, places: Places
     ) -> RequestError | None:
         deadline_s, first_token_s = request.deadline_s, request.first_token_s
-        if deadline_s is None and first_token_s is None:
-            return None
         if 0.0 in {deadline_s, first_token_s}:
             return DeadlineExceeded("the deadline has passed")
         # Who finds everything idle is taken whatever was learnt: so a forecast that has become

@@ -124,6 +124,7 @@ class Forecast:
         self._first_margin = _Margin()
         self._finish_margin = _Margin()
         self._length: int | None = None
+        self._num_learnt = 0
 
     def forecast(self, *, num_prompt_tokens: int, max_tokens: int, load: Load) -> Promise | None:
         """What is to be expected; ``None`` while too little is known."""
@@ -163,7 +164,9 @@ class Forecast:
             token_s = self._prompt_token_s.at(course.num_beside) or 0.0
             self._place_s.add(token_s * course.num_prompt_tokens + decode_s)
         self._lengths.append(course.num_output_tokens)
-        self._length = None
+        self._num_learnt += 1
+        if self._num_learnt % ENOUGH == 0:
+            self._length = None  # it changes slowly, and takes time to find
 
     def judge(self, forecast: Promise, *, first_token_s: float, finish_s: float) -> None:
         """What became of a forecast."""

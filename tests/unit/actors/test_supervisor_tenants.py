@@ -214,7 +214,7 @@ def test_a_deadline_outlives_the_supervisor() -> None:
 
 def test_who_would_be_too_late_is_turned_away_at_the_door() -> None:
     stage = stage_with()
-    for request_id in range(1, 60):
+    for request_id in range(1, 90):
         submit(stage, of("", request_id))
         stage.decide(after_s=0.05)
         stage.turn(ENGINE, StepOutput(1, (row(request_id, 5),)))
