@@ -281,7 +281,9 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     revoked.add_argument("key_id", metavar="KEY", help="as the list shows it")
     revoked.set_defaults(run=lambda arguments: keys.revoke(flags_of(arguments), arguments.key_id))
     for action in (made, listed, revoked):
-        _add_settings(action, ["key_file"])
+        _add_settings(action, [])
+        shown = "the key file, unless the configuration names it"
+        action.add_argument("--key-file", metavar="FILE", help=shown)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

@@ -169,6 +169,13 @@ def test_a_certificate_is_replaced_by_sighup(tmp_path: Path) -> None:
         cluster.wait_until(lambda _: is_trusted(address, files.chain))
 
 
+def test_the_configuration_is_shown_without_the_key() -> None:
+    shown = run_understudy("config", "show", environment={"UNDERSTUDY_API_KEY": "sk-secret"})
+    assert shown.returncode == 0
+    assert "api-key" in shown.stdout
+    assert "sk-secret" not in shown.stdout + shown.stderr
+
+
 def test_what_is_wrong_with_the_command_is_said(tmp_path: Path) -> None:
     key_file = f"--key-file={tmp_path / 'k.json'}"
     for words in (("add", "a b", key_file), ("add", "a", "--weight=-1", key_file), ("add", "a")):
