@@ -13,6 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
+from heapq import heappop, heappush
 from typing import Final, NamedTuple, Protocol
 
 from understudy.protocol.messages import (
@@ -27,7 +28,7 @@ from understudy.protocol.messages import (
     Role,
     StepOutput,
 )
-from understudy.protocol.request import TokenLogprobs, TokenRow
+from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.membership import Membership, MembershipChange
@@ -137,6 +138,8 @@ class Engine:
         self._scheduler = Scheduler(scheduler_config, self._kv_cache_manager)
         self._outputs: dict[int, _Output] = {}
         self._ended: OrderedDict[int, _Ended] = OrderedDict()
+        self._deadlines: list[tuple[float, int, int]] = []
+        """When which attempt of a request has to be over; a heap."""
         self._alone_since: float | None = None
 
     @property
@@ -151,7 +154,7 @@ class Engine:
         self._change(self._membership.handle(message, now), now)
         match message:
             case Assign():
-                self._assign(message)
+                self._assign(message, now)
             case Cancel(request_id):
                 self._scheduler.cancel(request_id)
                 self._outputs.pop(request_id, None)
@@ -171,6 +174,7 @@ class Engine:
             self._drop_all()
         if now < self._pause_until:
             return
+        self._end_late(now)
         plan = self._scheduler.schedule(self._drafts())
         if plan is not None:
             self._report(self._run(plan))
@@ -258,12 +262,23 @@ class Engine:
         output = self._outputs.get(row.request_id)
         return output is not None and output.sequence.attempt == row.attempt
 
-    def _assign(self, assign: Assign) -> None:
+    def _end_late(self, now: float) -> None:
+        """End what is past its deadline before it takes part in another step."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id, attempt = heappop(self._deadlines)
+            output = self._outputs.get(request_id)
+            if output is not None and output.sequence.attempt == attempt:
+                self._scheduler.cancel(request_id, FinishReason.DEADLINE)
+
+    def _assign(self, assign: Assign, now: float) -> None:
         sequence = Sequence(assign.request, attempt=assign.attempt, output=assign.output)
         known = self._outputs.get(sequence.request_id)
         if known is not None and known.sequence.attempt >= sequence.attempt:
             return
         self._outputs[sequence.request_id] = _Output(sequence)
+        if assign.deadline_s is not None:
+            deadline = (now + assign.deadline_s, sequence.request_id, sequence.attempt)
+            heappush(self._deadlines, deadline)
         if assign.is_suspect:
             self._scheduler.add_suspect(sequence)
         else:

@@ -10,6 +10,7 @@ delivered already is cut to what is new, so a position is delivered once, whatev
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -35,8 +36,10 @@ from understudy.protocol.messages import (
     Submit,
     TimelineRequest,
     Timelines,
+    UsageReply,
+    UsageRequest,
 )
-from understudy.protocol.request import Request, TokenRow
+from understudy.protocol.request import Request, TokenRow, hastened
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 from understudy.runtime.kit.membership import Membership, MembershipChange
 
@@ -86,11 +89,12 @@ class _Listener:
 class _OpenRequest:
     """A request that has not ended, and who listens to it."""
 
-    __slots__ = ("listeners", "position", "request")
+    __slots__ = ("listeners", "position", "request", "submitted_at")
 
-    def __init__(self, request: Request | None) -> None:
+    def __init__(self, request: Request | None, submitted_at: float = 0.0) -> None:
         self.request = request
         """What to submit again, until the supervisor has answered."""
+        self.submitted_at = submitted_at
         self.listeners: list[_Listener] = []
         self.position = 0
         """The end of the output that came so far."""
@@ -123,6 +127,7 @@ class Gateway:
         # In order of submission, and so of their times: the first is the next to be due.
         self._unanswered: dict[int, float] = {}
         self._seekers: dict[Lookup | TimelineRequest, _Search] = {}
+        self._usage_asked: dict[str, list[Callable[[UsageReply | None], None]]] = {}
         self._waiting: list[Callable[[bool], None]] = []
         self._hope_until: float | None = None
 
@@ -131,6 +136,16 @@ class Gateway:
         if self._membership.is_open:
             self.outbox.send(SUPERVISOR, ResetPrefixCache())
         return self._membership.is_open
+
+    def ask_usage(self, tenant: str, told: Callable[[UsageReply | None], None]) -> None:
+        """Ask what a tenant has used; ``told`` is told once, ``None`` if nobody can say."""
+        if not self._membership.is_open:
+            told(None)
+            return
+        asked = self._usage_asked.setdefault(tenant, [])
+        asked.append(told)
+        if len(asked) == 1:
+            self.outbox.send(SUPERVISOR, UsageRequest(tenant))
 
     @property
     def is_connected(self) -> bool:
@@ -154,7 +169,7 @@ class Gateway:
     def submit(self, request: Request, sink: Sink, now: float) -> None:
         """Hand in a request; ``sink`` hears all that comes of it."""
         assert request.request_id not in self._open
-        self._open[request.request_id] = opened = _OpenRequest(request)
+        self._open[request.request_id] = opened = _OpenRequest(request, now)
         opened.listeners.append(_Listener(sink, 0))
         self._unanswered[request.request_id] = now + ANSWER_WITHIN_S
         self._send(Submit(request))
@@ -215,7 +230,7 @@ class Gateway:
 
     def handle(self, message: Message, sender: str, now: float) -> None:  # noqa: ARG002
         """Take in a message from the supervisor."""
-        self._change(self._membership.handle(message, now))
+        self._change(self._membership.handle(message, now), now)
         match message:
             case Deliver(rows, engine):
                 for row in rows:
@@ -228,8 +243,11 @@ class Gateway:
                 self._fail(request_id, from_code(code, text, retry_after_s=retry_after_s))
             case Duplicate(request_id, original_group_id):
                 self._fail(request_id, AlreadySubmitted(original_group_id))
-            case Failed(request_id, code, text):
-                self._fail(request_id, from_code(code, text))
+            case Failed(request_id, code, text, retry_after_s):
+                self._fail(request_id, from_code(code, text, retry_after_s=retry_after_s))
+            case UsageReply(tenant):
+                for told in self._usage_asked.pop(tenant, ()):
+                    told(message)
             case Found(group_id, tenant):
                 self._answer(Lookup(group_id, tenant), message)
             case Timelines(tenant, group_id, requests_max):
@@ -241,11 +259,11 @@ class Gateway:
 
     def lose(self, peer: str, now: float) -> None:  # noqa: ARG002
         """The supervisor has not listened for too long: ask for a new session."""
-        self._change(self._membership.leave(now))
+        self._change(self._membership.leave(now), now)
 
     def decide(self, now: float) -> None:
         """Keep the membership up, and fail what was never answered."""
-        self._change(self._membership.decide(now))
+        self._change(self._membership.decide(now), now)
         if self._hope_until is None:
             self._hope_until = now + HOPE_S
         elif now >= self._hope_until:
@@ -262,13 +280,17 @@ class Gateway:
             self._send(Cancel(request_id))
             self._fail(request_id, Unavailable("no answer from the supervisor", retry_after_s=1.0))
 
-    def _change(self, change: MembershipChange | None) -> None:
+    def _change(self, change: MembershipChange | None, now: float) -> None:
         # When the session is lost, what was last said of the cluster stays: a call that comes now
         # is submitted with the next session, which is most often a moment away.
+        if change is not None:
+            asked, self._usage_asked = self._usage_asked, {}
+            for told in itertools.chain.from_iterable(asked.values()):
+                told(None)
         if change is MembershipChange.JOINED:
-            self._take_up_again()
+            self._take_up_again(now)
 
-    def _take_up_again(self) -> None:
+    def _take_up_again(self, now: float) -> None:
         """Submit again what was never answered, and say what is held.
 
         In this order, for what was not answered may have been heard all the same: what is held is
@@ -276,7 +298,8 @@ class Gateway:
         """
         for opened in self._open.values():
             if opened.request is not None:
-                self.outbox.send(SUPERVISOR, Submit(opened.request))
+                late = hastened(opened.request, now - opened.submitted_at)
+                self.outbox.send(SUPERVISOR, Submit(late))
         held = [HeldRequest(number, one.next_position) for number, one in self._open.items()]
         self.outbox.send(SUPERVISOR, Reclaim(tuple(held)))
         for question in self._seekers:

@@ -7,6 +7,7 @@ makes no difference which gateway answers, and whether it is the one that submit
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from understudy.protocol.openai.presentation import Presentation
 from understudy.protocol.openai.response_events import ResponseEncoder, response_object
 from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.openai.streamed import DeltaEncoder
-from understudy.protocol.request import Request
+from understudy.protocol.request import Request, hastened
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.served_model import ServedModel
 
@@ -59,6 +60,11 @@ class HttpLimits:
     body_timeout_s: float = 30.0
     keep_alive_s: float = 10.0
     write_timeout_s: float = 30.0
+    header_timeout_s: float = 9.0
+    """From the first byte to the last of a header; a little more passes until somebody looks."""
+    idle_timeout_s: float = 75.0
+    """Between two requests of one connection."""
+    connections_per_address: int = 8192
     shutdown_timeout_s: float = 30.0
     """How long open streams may go on when the gateway is told to stop."""
 
@@ -248,7 +254,11 @@ class Answers:
         if self._is_stopping:
             raise Unavailable(STOPPING)
         if call.positions is None and any(one.params.max_tokens for one in call.requests):
+            called_at = self._clock.now()
             await self._until_serving()
+            passed_s = self._clock.now() - called_at
+            requests = [hastened(request, passed_s) for request in call.requests]
+            call = dataclasses.replace(call, requests=requests)
         open_requests = OpenRequests(self._port, self._wake)
         self._calls[open_requests] = call
         try:

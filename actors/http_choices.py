@@ -11,8 +11,14 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from understudy.actors.gateway import Sink
-from understudy.protocol.errors import NotFound, RequestError
-from understudy.protocol.messages import ClusterState, Found, TimelineRequest, Timelines
+from understudy.protocol.errors import DeadlineExceeded, NotFound, RequestError
+from understudy.protocol.messages import (
+    ClusterState,
+    Found,
+    TimelineRequest,
+    Timelines,
+    UsageReply,
+)
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
 from understudy.protocol.openai.deltas import Delta, put_together
 from understudy.protocol.openai.logprobs import TokenLogprob, spell_logprobs
@@ -70,6 +76,10 @@ class RequestPort(Protocol):
 
     def end_group(self, group_id: int, tenant: str, *, is_forgotten: bool = False) -> None:
         """End a call for all who listen; perhaps have it forgotten."""
+        ...
+
+    def ask_usage(self, tenant: str, told: Callable[[UsageReply | None], None]) -> None:
+        """Ask what a tenant has used."""
         ...
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:
@@ -390,6 +400,8 @@ class ChoiceOutput:
             self.finish_reason = "cancelled"
             return
         outcome = finish_reason_or_error(FinishReason(finish))
+        if finish == FinishReason.DEADLINE and not self.num_tokens:
+            outcome = DeadlineExceeded("the deadline passed before there was a token")
         if isinstance(outcome, RequestError):
             self.error = outcome
         else:

@@ -12,13 +12,13 @@ from typing import Any, Final, NamedTuple, TypeVar
 from aiohttp import hdrs, web
 
 from understudy.actors.grammar_checks import GrammarChecks
+from understudy.actors.http_access import with_rights
 from understudy.actors.http_answers import Answers, Call, HttpLimits
 from understudy.actors.http_rejoin import (
     StreamEndpoints,
     body_digest,
     idempotency_key,
     is_resumable_call,
-    tenant_of,
 )
 from understudy.protocol.errors import (
     AlreadySubmitted,
@@ -342,7 +342,6 @@ class GenerationEndpoints:
         requests = [
             dataclasses.replace(
                 request,
-                tenant=tenant_of(http_request),
                 presentation=encode_presentation(presentation),
                 idempotency_key=key,
                 body_digest=digest,
@@ -350,7 +349,7 @@ class GenerationEndpoints:
             for request, presentation in zip(prepared.requests, presentations, strict=True)
         ]
         return Call(
-            requests=requests,
+            requests=with_rights(http_request, requests),
             presentations=presentations,
             echoes=[echo or "" for echo in prepared.echoes],
             ignored=prepared.ignored,

@@ -16,6 +16,7 @@ from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.actors.http_responses import ResponseEndpoints
 from understudy.actors.http_status import StatusEndpoints
 from understudy.actors.http_tokenization import TokenizationEndpoints
+from understudy.actors.http_usage import UsageEndpoint
 from understudy.protocol.anthropic.messages import MessagesFields
 from understudy.protocol.openai.chat import ChatFields
 from understudy.protocol.openai.completions import CompletionFields
@@ -37,6 +38,7 @@ class Endpoints(NamedTuple):
     native: NativeEndpoints
     streams: StreamEndpoints
     status: StatusEndpoints
+    usage: UsageEndpoint
 
 
 class Route(NamedTuple):
@@ -179,6 +181,7 @@ def _telling(endpoints: Endpoints) -> list[Route]:
         Route(Operation("GET", "/tokenizer_info", "the tokenizer"), tokenization.info),
         Route(Operation("GET", "/v1/health", "whether requests are served"), native.health),
         Route(Operation("GET", "/v1/metrics", "how the latest requests fared"), native.metrics),
+        Route(Operation("GET", "/v1/usage", "what the caller has used"), endpoints.usage.usage),
         Route(Operation("GET", "/v1/requests/{id}", "what became of a call"), native.request),
         Route(Operation("GET", "/v1/models", "the models"), status.models),
         Route(Operation("GET", "/v1/models/{model:.+}", "a model"), status.model),

@@ -21,9 +21,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from understudy.actors.grammar_checks import GrammarChecks
+from understudy.actors.http_access import FindKey, access_middleware
 from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
 from understudy.actors.http_generation import GenerationEndpoints
+from understudy.actors.http_guard import ConnectionGuards, GuardedSite
 from understudy.actors.http_messages import PATH as ANTHROPIC_PATH
 from understudy.actors.http_messages import MessageEndpoints
 from understudy.actors.http_native import NativeEndpoints
@@ -32,6 +34,7 @@ from understudy.actors.http_responses import ResponseEndpoints
 from understudy.actors.http_routes import Endpoints, add_routes, routes
 from understudy.actors.http_status import StatusEndpoints
 from understudy.actors.http_tokenization import TokenizationEndpoints
+from understudy.actors.http_usage import UsageEndpoint
 from understudy.protocol.anthropic.messages import error_body
 from understudy.protocol.errors import (
     InternalError,
@@ -43,6 +46,7 @@ from understudy.protocol.errors import (
 )
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.listening import BACKLOG
+from understudy.runtime.kit.tls import Certificate
 from understudy.runtime.log import get_logger
 from understudy.runtime.served_model import ServedModel
 
@@ -70,6 +74,8 @@ async def serve_http(
     listener: socket.socket,
     clock: Clock,
     limits: HttpLimits | None = None,
+    find_key: FindKey | None = None,
+    certificate: Certificate | None = None,
     chance: random.Random | None = None,
     wall_clock: Callable[[], float] = time.time,
 ) -> web.AppRunner:
@@ -82,6 +88,8 @@ async def serve_http(
         listener: Where clients connect; closed in the end.
         clock: Time for the core.
         limits: What one client may take.
+        find_key: Tells whose a key is, if calls need one.
+        certificate: For TLS.
         chance: Where ids, seeds and jitter come from; the system's if ``None``.
         wall_clock: Seconds since 1970.
     """
@@ -99,11 +107,13 @@ async def serve_http(
         wall_clock=wall_clock,
         draw=chance.getrandbits,
     )
-    app = web.Application(
-        client_max_size=limits.body_bytes_max, middlewares=[_error_middleware(chance)]
+    guards = ConnectionGuards(limits, asyncio.get_running_loop().time)
+    app = _application(
+        limits,
+        guards.middleware(),
+        _error_middleware(chance),
+        access_middleware(find_key, served.name),
     )
-    app[_IS_LEAVING] = asyncio.Event()
-    app.on_response_prepare.extend((_add_request_id, _say_farewell))
     status = StatusEndpoints(port, served)
     endpoints = Endpoints(
         generation=generation,
@@ -113,14 +123,33 @@ async def serve_http(
         native=NativeEndpoints(port, wake, generation, answers, streams, clock=clock),
         streams=streams,
         status=status,
+        usage=UsageEndpoint(port, wake, wall_clock=wall_clock),
     )
     add_routes(app.router, routes(endpoints, version=status.server_version))
 
     async def stop(_: web.Application) -> None:
         await answers.stop()
         generation.close()
+        guards.stop()
 
     app.on_shutdown.append(stop)
+    return await _start(app, listener, guards, certificate)
+
+
+def _application(limits: HttpLimits, *middlewares: Middleware) -> web.Application:
+    """An application without paths; what comes first of ``middlewares`` is outermost."""
+    app = web.Application(client_max_size=limits.body_bytes_max, middlewares=middlewares)
+    app[_IS_LEAVING] = asyncio.Event()
+    app.on_response_prepare.extend((_add_request_id, _say_farewell))
+    return app
+
+
+async def _start(
+    app: web.Application,
+    listener: socket.socket,
+    guards: ConnectionGuards,
+    certificate: Certificate | None,
+) -> web.AppRunner:
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
@@ -130,7 +159,10 @@ async def serve_http(
         shutdown_timeout=WRITE_LAST_S,
     )
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=BACKLOG).start()
+    context = None if certificate is None else certificate.context
+    site = GuardedSite(runner, listener, guards, ssl_context=context, backlog=BACKLOG)
+    await site.start()
+    guards.start()
     return runner
 
 
@@ -217,10 +249,14 @@ def _error_response(
     status = status or error.status
     headers = {}
     if status in {429, 503}:
-        spread = chance.uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
+        # Whose own limit it is would come too early before the time that was computed.
+        least = 1 if status == 429 else 1 - RETRY_JITTER
+        spread = chance.uniform(least, 1 + RETRY_JITTER)
         retry_after_s = min(spread * (error.retry_after_s or RETRY_AFTER_S), RETRY_AFTER_MAX_S)
         headers["Retry-After"] = str(math.ceil(retry_after_s))
         headers["retry-after-ms"] = str(math.ceil(1e3 * retry_after_s))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if not error.should_retry:
         headers["x-should-retry"] = "false"
     body = error.body()

@@ -29,6 +29,7 @@ from understudy.runtime.config import (
     LauncherConfig,
     SupervisorConfig,
     arguments_of,
+    environment_of,
 )
 from understudy.runtime.exit_status import ExitStatus
 from understudy.runtime.kit.children import Child, Exit, Watch, watch
@@ -427,7 +428,9 @@ def _supervisor_spec(config: SupervisorConfig) -> ProcessSpec:
 
 def _gateway_spec(config: GatewayConfig, listen_fd: int) -> ProcessSpec:
     arguments = [*arguments_of(config), f"--listen-fd={listen_fd}"]
-    return _spec(config.name, "gateway", arguments, descriptors=(listen_fd,))
+    return _spec(
+        config.name, "gateway", arguments, environment_of(config), descriptors=(listen_fd,)
+    )
 
 
 def _engine_spec(config: EngineConfig) -> ProcessSpec:

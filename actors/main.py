@@ -25,6 +25,7 @@ from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.messages import Dying
 from understudy.runtime.config import EngineConfig, GatewayConfig, SupervisorConfig
 from understudy.runtime.control.admission import AdmissionLimits
+from understudy.runtime.keys import KeyWatch
 from understudy.runtime.kit.actor import SUPERVISOR, Send
 from understudy.runtime.kit.clock import MonotonicClock
 from understudy.runtime.kit.driver import Driver
@@ -34,6 +35,7 @@ from understudy.runtime.kit.mailbox import Mailbox
 from understudy.runtime.kit.probe import ProcProbe
 from understudy.runtime.kit.session import SessionTable
 from understudy.runtime.kit.stage import FileStepCard, NodeStage, card_path
+from understudy.runtime.kit.tls import Certificate
 from understudy.runtime.log import get_logger
 from understudy.runtime.scheduling.scheduler import SchedulerConfig
 from understudy.runtime.settings import SUPERVISOR_SOCKET
@@ -48,6 +50,8 @@ T = TypeVar("T")
 TOLD_WITHIN_S: Final = 2.0
 """A gateway that has heard of no engine by then says so itself to whoever calls."""
 
+_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+_DAY_S: Final = 86_400
 _LOOK_EVERY_S: Final = 0.01
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -130,8 +134,10 @@ async def _serve_supervisor(config: SupervisorConfig) -> int:
         stage=NodeStage(config.run_dir, probe, convicts),
         limits=AdmissionLimits(requests_max=config.queue_max),
         started_at=clock.now(),
+        policy_of=_watch_keys(config.key_file, None, clock).policy_of,
+        today=lambda: int(time.time() // _DAY_S),
     )
-    supervisor.restore(restored_entries(journal, recovery), clock.now())
+    supervisor.restore(restored_entries(journal, recovery), clock.now(), recovery.usage)
     for fingerprint in convicts.fingerprints():
         supervisor.dispatcher.quarantine.convict(fingerprint, clock.now())
     try:
@@ -170,10 +176,30 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     loop = ActorLoop(Driver(gateway, SessionTable(identity), clock), mailbox)
     stopped = asyncio.ensure_future(_until_stopped(loop))  # it may be told to while it starts
     await _until_told(gateway, clock)
-    limits = HttpLimits(shutdown_timeout_s=config.shutdown_timeout_s)
+    keys = _watch_keys(config.key_file, config.api_key, clock)
+    certificate = _certificate(config)
+    if not (keys.asks_for_keys or config.host in _LOOPBACK):
+        get_logger().warning("anybody may call: there are no keys", address=address)
     runner = await serve_http(
-        gateway, loop.wake, served, listener=listener, clock=clock, limits=limits
+        gateway,
+        loop.wake,
+        served,
+        listener=listener,
+        clock=clock,
+        limits=HttpLimits(
+            shutdown_timeout_s=config.shutdown_timeout_s,
+            connections_per_address=config.connections_per_address,
+        ),
+        find_key=keys.find if keys.asks_for_keys else None,
+        certificate=certificate,
     )
+
+    def reload() -> None:
+        keys.reload()
+        if certificate is not None:
+            certificate.reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     admin = await serve_admin(gateway, loop.wake, admin_socket(config.run_dir, config.name))
     get_logger().info("gateway is up", address=address, pid=os.getpid())
     await stopped
@@ -181,6 +207,19 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     await stop_http(runner)
     loop.stop()
     return 0
+
+
+def _certificate(config: GatewayConfig) -> Certificate | None:
+    chain, key = config.tls_certificate, config.tls_key
+    if chain is None and key is None:
+        return None
+    if chain is None or key is None:
+        raise ConfigurationError("tls-certificate and tls-key belong together: give both")
+    return Certificate(chain, key, get_logger().error)
+
+
+def _watch_keys(path: Path | None, api_key: str | None, clock: MonotonicClock) -> KeyWatch:
+    return KeyWatch(path, api_key, now=clock.now, complain=get_logger().error)
 
 
 def _make_engine(config: EngineConfig, identity: str, clock: MonotonicClock) -> Engine:

@@ -13,7 +13,13 @@ from typing import Final
 
 from understudy.actors.gateway import Sink
 from understudy.protocol.errors import AlreadySubmitted, IdempotencyMismatch, RequestError
-from understudy.protocol.messages import ClusterState, Found, TimelineRequest, Timelines
+from understudy.protocol.messages import (
+    ClusterState,
+    Found,
+    TimelineRequest,
+    Timelines,
+    UsageReply,
+)
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -29,6 +35,7 @@ from understudy.protocol.timeline import (
     RequestTimeline,
     TimelineEvent,
 )
+from understudy.protocol.usage import DayUsage
 
 SERVING: Final = ClusterState(engines_serving=1, engines_known=1, max_model_len=0)
 
@@ -71,6 +78,7 @@ class ScriptedGateway:
         is_hopeful: Whether there is hope for an engine while none serves; to be set.
         submitted: Every request so far that was taken.
         cancelled: Request ids, in the order of their cancellation.
+        used: What each tenant has used; to be set.
         left: Request ids, in the order in which clients left them to themselves.
     """
 
@@ -81,6 +89,7 @@ class ScriptedGateway:
         self.submitted: list[Request] = []
         self.cancelled: list[int] = []
         self.left: list[int] = []
+        self.used: dict[str, tuple[DayUsage, ...]] = {}
         self._script = script
         self._open: dict[int, _Scripted] = {}
         self._groups: dict[int, list[_Scripted]] = {}
@@ -224,6 +233,10 @@ class ScriptedGateway:
                 self.deliver(scripted.request, finish=FinishReason.CANCELLED, engine="")
         if is_forgotten:
             self._groups.pop(group_id, None)
+
+    def ask_usage(self, tenant: str, told: Callable[[UsageReply | None], None]) -> None:
+        """See ``Gateway``."""
+        told(UsageReply(tenant, self.used.get(tenant, ())) if self.is_connected else None)
 
     def when_serving(self, tell: Callable[[bool], None], now: float) -> None:  # noqa: ARG002
         """See ``Gateway``."""

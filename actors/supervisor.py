@@ -8,7 +8,7 @@ journal and the processes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from understudy.protocol.codec import PROTOCOL_VERSION
@@ -42,21 +42,24 @@ from understudy.protocol.messages import (
     StepOutput,
     Submit,
     TimelineRequest,
+    UsageReply,
+    UsageRequest,
     Welcome,
 )
 from understudy.protocol.request import Request, TokenRow
-from understudy.protocol.status import EngineStatus, GatewayStatus
 from understudy.runtime.control.admission import AdmissionLimits
-from understudy.runtime.control.canary import CANARY_WITHIN_S, canary_request
+from understudy.runtime.control.canary import CANARY_WITHIN_S, Canary, canary_request
 from understudy.runtime.control.company import Company
 from understudy.runtime.control.dispatcher import Dispatcher
 from understudy.runtime.control.health import ProcessProbe, Verdict
 from understudy.runtime.control.ledger import Entry
+from understudy.runtime.control.member_status import engine_status, gateway_status
 from understudy.runtime.control.registry import Member, MemberState
+from understudy.runtime.control.tenancy import UNLIMITED, PolicyOf
 from understudy.runtime.kit.actor import Outbox
 from understudy.runtime.storage.image import HeldRequest
 from understudy.runtime.storage.journal import Degraded, Journal
-from understudy.runtime.storage.records import Record
+from understudy.runtime.storage.records import Record, Usage
 from understudy.runtime.storage.recovery import Recovery
 
 PULSE_EVERY_S: Final = 0.25
@@ -119,6 +122,8 @@ class Supervisor:
         stage: Stage,
         limits: AdmissionLimits | None = None,
         started_at: float = 0.0,
+        policy_of: PolicyOf = lambda _: UNLIMITED,
+        today: Callable[[], int] = lambda: 0,
     ) -> None:
         self.outbox = Outbox()
         self._model = model
@@ -130,6 +135,8 @@ class Supervisor:
             self.outbox,
             limits or AdmissionLimits(),
             lambda: self._company.registry.serving(Role.ENGINE),
+            policy_of=policy_of,
+            today=today,
         )
         self._canaries: dict[int, Canary] = {}
         self._canary_ids = itertools.count(1)
@@ -147,8 +154,9 @@ class Supervisor:
         """The life of the requests; for tests and for reports."""
         return self._dispatcher
 
-    def restore(self, entries: Iterable[Entry], now: float) -> None:
+    def restore(self, entries: Iterable[Entry], now: float, usage: Iterable[Usage] = ()) -> None:
         """Take over what an earlier supervisor wrote down."""
+        self._dispatcher.accounts.restore(usage)
         for entry in entries:
             self._dispatcher.restore(entry, now)
         self._is_recovering = True
@@ -169,7 +177,7 @@ class Supervisor:
                 is_known = self._dispatcher.quarantine.release(fingerprint)
                 self.outbox.send(sender, ReleaseReply(fingerprint, is_known))
             case DrainRequest(engine, mode):
-                self.outbox.send(sender, self._drain(engine, mode))
+                self.outbox.send(sender, self._drain(engine, mode, now))
             case _ if member is None or not member.is_alive:
                 pass  # a stranger, or one that was given up: its session is over
             case _ if member.role is Role.ENGINE:
@@ -192,14 +200,20 @@ class Supervisor:
         self._decided_at = now
         if now >= self._chores_at:
             self._do_chores(now)
-        self._dispatcher.deliver()
+        self._dispatcher.expire(now)
+        self._dispatcher.audience.deliver()
         self._dispatcher.assign_waiting(now)
         self._announce()
         for convict in self._dispatcher.take_convicts():
             self._stage.keep_convict(convict)
         self._journal.append(self._dispatcher.take_records())
         self._journal.commit(now)
-        times = (self._chores_at, self._company.next_judgement(now), self._journal.wake_at)
+        times = (
+            self._chores_at,
+            self._company.next_judgement(now),
+            self._journal.wake_at,
+            self._dispatcher.deadlines.next_at,
+        )
         self._wake_at = min(time for time in times if time is not None)
 
     def check_integrity(self) -> None:
@@ -219,7 +233,7 @@ class Supervisor:
                     self._dispatcher.end_inventory(engine)
             case Refused(request_id, attempt, code, text):
                 error = from_code(code, text)
-                self._dispatcher.refused(request_id, attempt, engine.identity, error)
+                self._dispatcher.refused(request_id, attempt, engine.identity, error, now)
             case Dying():
                 self._bury(engine, now)
             case _:
@@ -241,11 +255,14 @@ class Supervisor:
             case Reclaim(held):
                 self._dispatcher.reclaim(held, identity, now)
             case Lookup(group_id, tenant):
-                self._dispatcher.look_up(group_id, tenant, identity)
+                self._dispatcher.enquiries.look_up(group_id, tenant, identity)
             case TimelineRequest():
-                self._dispatcher.timelines(message, identity)
+                self._dispatcher.enquiries.timelines(message, identity)
             case EndGroup(group_id, tenant, is_forgotten):
                 self._dispatcher.end_group(group_id, tenant, now, is_forgotten=is_forgotten)
+            case UsageRequest(tenant):
+                used = self._dispatcher.accounts.usage(tenant)
+                self.outbox.send(identity, UsageReply(tenant, used))
             case Dying():
                 self._bury(gateway, now)
             case _:
@@ -318,7 +335,7 @@ class Supervisor:
             self._has_news = True
             registry.break_down(exited.name, exited.pid, now).restarts = exited.restarts
 
-    def _drain(self, engine: str, mode: DrainMode) -> DrainReply:
+    def _drain(self, engine: str, mode: DrainMode, now: float) -> DrainReply:
         """Let an engine rest: it gets nothing new, and keeps or hands over what it has."""
         member = self._company.registry.named(engine)
         if member is None or member.role is not Role.ENGINE or not member.is_alive:
@@ -327,7 +344,7 @@ class Supervisor:
             member.state = MemberState.DRAINING
             self._has_news = True
         if mode is DrainMode.MIGRATE:
-            self._dispatcher.move_away(member.identity)
+            self._dispatcher.move_away(member.identity, now)
         outstanding = self._dispatcher.outstanding(member.identity)
         return DrainReply(engine, is_known=True, outstanding=outstanding)
 
@@ -402,15 +419,19 @@ class Supervisor:
 
     def _status(self, now: float) -> StatusReply:
         registry, totals = self._company.registry, self._dispatcher.totals
-        degraded = self._journal.degraded
+        degraded, streams = self._journal.degraded, self._dispatcher.audience.streams
         return StatusReply(
             model=self._model,
             uptime_s=now - self._started_at,
             engines=tuple(
-                self._engine_status(member, now) for member in registry.members(Role.ENGINE)
+                engine_status(
+                    member, now, outstanding=self._dispatcher.outstanding(member.identity)
+                )
+                for member in registry.members(Role.ENGINE)
             ),
             gateways=tuple(
-                self._gateway_status(member, now) for member in registry.alive(Role.GATEWAY)
+                gateway_status(member, now, streams=len(streams(member.identity)))
+                for member in registry.alive(Role.GATEWAY)
             ),
             queued=self._dispatcher.num_queued,
             running=self._dispatcher.num_living - self._dispatcher.num_queued,
@@ -422,36 +443,7 @@ class Supervisor:
             resumed_inexact=totals.resumed_inexact,
             quarantined=totals.quarantined,
             journal_fault=degraded.reason if degraded is not None else "",
-        )
-
-    def _engine_status(self, member: Member, now: float) -> EngineStatus:
-        beat, capacity = member.beat, member.capacity
-        return EngineStatus(
-            name=member.name,
-            state=member.state.value,
-            pid=member.pid,
-            epoch=member.epoch,
-            restarts=member.restarts,
-            running=0 if beat is None else beat.running,
-            waiting=0 if beat is None else beat.waiting,
-            outstanding=self._dispatcher.outstanding(member.identity),
-            blocks_free=0 if beat is None else beat.blocks_free,
-            blocks_total=0 if capacity is None else capacity.num_blocks,
-            step=0 if beat is None else beat.step,
-            beat_age_s=now - member.heard_at,
-            numerics=member.numerics,
-            num_shed=0 if beat is None else beat.num_shed,
-            num_draft_tokens=0 if beat is None else beat.num_draft_tokens,
-            num_accepted_tokens=0 if beat is None else beat.num_accepted_tokens,
-        )
-
-    def _gateway_status(self, member: Member, now: float) -> GatewayStatus:
-        return GatewayStatus(
-            name=member.name,
-            pid=member.pid,
-            address=member.address,
-            streams=self._dispatcher.streams(member.identity),
-            beat_age_s=now - member.heard_at,
+            shed=totals.shed,
         )
 
 
@@ -482,14 +474,3 @@ def _entry(held: HeldRequest) -> Entry:
         ended_at=held.ended_at,
         num_cached_tokens=held.num_cached_tokens,
     )
-
-
-class Canary:
-    """A canary that an engine has not answered yet."""
-
-    __slots__ = ("due_at", "engine", "tokens")
-
-    def __init__(self, engine: Member, due_at: float) -> None:
-        self.engine = engine
-        self.due_at = due_at
-        self.tokens: list[int] = []

@@ -5,11 +5,14 @@ The tree::
     RequestError                 something about one request; always told to its client
     ├── InvalidRequest     400   the client's input is wrong; a retry cannot help
     │   └── ContextLengthExceeded 400
+    ├── InvalidApiKey      401   no key, or none that is known
     ├── ModelNotFound      404
     ├── NotFound           404   no such path or object
     ├── MethodNotAllowed   405
     ├── PayloadTooLarge    413
     ├── IdempotencyMismatch 422  the same Idempotency-Key came with another body
+    ├── RateLimited        429   the caller's own limit; retry after the time given
+    ├── DeadlineExceeded   504   the answer cannot be, or was not, ready in time
     ├── Overloaded         503   the queue is full; retry after the time given
     ├── Unavailable        503   loading or draining
     ├── AlreadySubmitted        never told: the call joins the one that came before it
@@ -19,7 +22,7 @@ The tree::
     ConfigurationError           the operator's input is wrong: exit status 78, all problems at once
     ProtocolError                bytes on the bus that are no message; the frame is dropped, counted
 
-Recoverable for a client by itself: ``Overloaded`` and ``Unavailable``.
+Recoverable for a client by itself: ``RateLimited``, ``Overloaded`` and ``Unavailable``.
 """
 
 from __future__ import annotations
@@ -68,6 +71,13 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and answer do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class InvalidApiKey(InvalidRequest):
+    """The call has no key, or none that is known."""
+
+    status = 401
+    code = "invalid_api_key"
 
 
 class NotFound(InvalidRequest):
@@ -122,6 +132,23 @@ class Quarantined(RequestError):
     should_retry = False
 
 
+class RateLimited(RequestError):
+    """The caller has reached a limit of its own; ``retry_after_s`` says when there is room."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class DeadlineExceeded(RequestError):
+    """The answer would not be, or was not, ready by the client's deadline."""
+
+    status = 504
+    kind = "deadline_error"
+    code = "deadline_exceeded"
+    should_retry = False
+
+
 class Overloaded(RequestError):
     """The queue is full; ``retry_after_s`` says when to come back."""
 
@@ -149,11 +176,13 @@ _BY_CODE: Mapping[str, type[RequestError]] = MappingProxyType(
         kind.code: kind
         for kind in (
             ContextLengthExceeded,
+            DeadlineExceeded,
             IdempotencyMismatch,
             InternalError,
             NotFound,
             Overloaded,
             Quarantined,
+            RateLimited,
             Unavailable,
         )
         if kind.code is not None

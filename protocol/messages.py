@@ -11,7 +11,7 @@ Who says what to whom::
     supervisor ──Fenced──▶ any actor                     the session is over: say Hello again
     gateway ──Submit/Cancel──▶ supervisor ──Accepted/Rejected/Deliver/Failed──▶ gateway
     gateway ──Reclaim/Attach/Lookup──▶ supervisor ──Deliver/Failed/Found──▶ gateway
-    gateway ──EndGroup/TimelineRequest──▶ supervisor ──Timelines──▶ gateway
+    gateway ──EndGroup/TimelineRequest/UsageRequest──▶ supervisor ──Timelines/UsageReply──▶ gateway
     gateway ──ResetPrefixCache──▶ supervisor ──ResetPrefixCache──▶ engine
     supervisor ──Assign/Cancel──▶ engine ──StepOutput/Inventory/Refused──▶ supervisor
     engine ──Dying──▶ supervisor;  launcher ──ProcessExited──▶ supervisor
@@ -33,6 +33,7 @@ from typing import Final, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 from understudy.protocol.request import Request, TokenRow
 from understudy.protocol.status import EngineStatus, GatewayStatus
 from understudy.protocol.timeline import RequestTimeline
+from understudy.protocol.usage import DayUsage
 
 T = TypeVar("T")
 
@@ -234,6 +235,7 @@ class Failed:
     request_id: int
     code: str
     message: str
+    retry_after_s: float | None = None
 
 
 @message(21)
@@ -303,6 +305,8 @@ class Assign:
     output: tuple[int, ...] = ()
     is_suspect: bool = False
     """An engine died in a step of it: its first step is run alone."""
+    deadline_s: float | None = None
+    """What is left until the request has to be complete."""
 
 
 @message(33)
@@ -357,10 +361,6 @@ class TimelineRequest:
     """0: the latest, of whatever group."""
     requests_max: int = 128
 
-    def answer(self, timelines: tuple[RequestTimeline, ...]) -> Timelines:
-        """The answer to it."""
-        return Timelines(self.tenant, self.group_id, self.requests_max, timelines)
-
 
 @message(42)
 class Timelines:
@@ -370,6 +370,21 @@ class Timelines:
     group_id: int
     requests_max: int
     timelines: tuple[RequestTimeline, ...]
+
+
+@message(45)
+class UsageRequest:
+    """A gateway asks what a tenant has used."""
+
+    tenant: str
+
+
+@message(46)
+class UsageReply:
+    """What a tenant has used, day by day."""
+
+    tenant: str
+    days: tuple[DayUsage, ...]
 
 
 @message(48, datagram=True)
@@ -398,6 +413,8 @@ class StatusReply:
     """Requests that were given up because engines died of them."""
     journal_fault: str = ""
     """Why the journal cannot be written at present; empty: it can."""
+    shed: int = 0
+    """Requests that were admitted, waited, and had to go for more urgent ones."""
 
 
 class DrainMode(IntEnum):
@@ -471,6 +488,8 @@ Message: TypeAlias = (
     | StepOutput
     | Refused
     | ResetPrefixCache
+    | UsageRequest
+    | UsageReply
     | StatusRequest
     | StatusReply
     | DrainRequest

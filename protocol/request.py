@@ -28,6 +28,8 @@ class FinishReason(IntEnum):
     """The client went away, or asked for the end."""
     ERROR = 4
     """The system could not go on."""
+    DEADLINE = 5
+    """The client's deadline has passed; what was made until then counts."""
     REFUSED = 6
     """The grammar that the client gave cannot be followed any further within the limits."""
 
@@ -76,7 +78,8 @@ class Request:
     traceparent: str = ""
     """The W3C trace context of the client's call; it stays with the request wherever it goes."""
     tenant: str = ""
-    """The id of the key that the call came with. Only its holder may join the stream again."""
+    """Whose key the call came with; empty where no keys are asked for. Only the holder of a key of
+    the tenant may join the stream again, and only its requests share cached prefixes."""
     presentation: bytes = b""
     """How a gateway turns the output into an answer; opaque to everyone else. It stays with the
     request, so that another gateway can go on with the stream."""
@@ -86,12 +89,28 @@ class Request:
     """A digest of the call's body, if there is an idempotency key."""
     cache_salt: str = ""
     """Only requests of one tenant and salt share cached prefixes."""
+    deadline_s: float | None = None
+    """The answer has to be complete so many seconds after the request is handed in."""
+    first_token_s: float | None = None
+    """Its first token has to be there so many seconds after the request is handed in."""
 
 
 def fingerprint(request: Request) -> bytes:
     """A digest of what a request asks, and of who asks: equal for a retry, whatever its seed."""
     asked = (request.tenant, request.prompt, replace(request.params, seed=0))
     return hashlib.sha256(repr(asked).encode()).digest()
+
+
+def hastened(request: Request, passed_s: float) -> Request:
+    """The request after some time has passed: what is left until its deadlines is less."""
+    deadline_s, first_token_s = request.deadline_s, request.first_token_s
+    if deadline_s is None and first_token_s is None:
+        return request
+    return replace(
+        request,
+        deadline_s=None if deadline_s is None else max(0.0, deadline_s - passed_s),
+        first_token_s=None if first_token_s is None else max(0.0, first_token_s - passed_s),
+    )
 
 
 class TokenLogprobs(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from understudy.runtime.settings import SETTINGS, SUPERVISOR_SOCKET, Settings
+from understudy.runtime.settings import SECRETS, SETTINGS, SUPERVISOR_SOCKET, Settings
 
 T = TypeVar("T")
 
@@ -35,6 +35,8 @@ class SupervisorConfig:
     """Where the journal lies; ``None``: in ``run_dir``."""
     journal_sync: Literal["process", "group", "strict"]
     """What a crash of the machine, not of a process, may cost: see ``runtime.storage.journal``."""
+    key_file: Path | None
+    """What tenants are allowed; ``None``: there are none."""
 
     @property
     def journal_dir(self) -> Path:
@@ -99,6 +101,14 @@ class GatewayConfig:
     max_model_len: int | None
     shutdown_timeout_s: float
     """How long open streams may go on when the gateway is told to stop."""
+    key_file: Path | None
+    """Whose keys are let in; ``None``: there is no such file."""
+    api_key: str | None = dataclasses.field(repr=False)
+    """A further key. With neither, calls need no key."""
+    tls_certificate: Path | None
+    tls_key: Path | None
+    """With a certificate and its key it is HTTPS that is served."""
+    connections_per_address: int
     tool_call_parser: str | None = None
     """The format in which the model calls tools; ``None``: it cannot be given any."""
     reasoning_parser: str | None = None
@@ -164,14 +174,24 @@ def launcher_config(settings: Settings, *, cores: int) -> LauncherConfig:
 
 
 def arguments_of(config: SupervisorConfig | EngineConfig | GatewayConfig) -> list[str]:
-    """The flags that give this configuration again, whatever files and environment say."""
+    """The flags that give this configuration again, whatever files and environment say.
+
+    All but the secrets: everybody may read a command line. See ``environment_of``.
+    """
     arguments = [f"--config={NO_FILE}"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is not None:
+        if value is not None and field.name not in SECRETS:
             name = _setting_name(field.name)
             arguments.append(f"--{name.replace('_', '-')}={value}")
     return arguments
+
+
+def environment_of(config: SupervisorConfig | EngineConfig | GatewayConfig) -> dict[str, str]:
+    """The variables that give the secrets of this configuration again."""
+    names = [field.name for field in dataclasses.fields(config) if field.name in SECRETS]
+    given = {SETTINGS[name].variable: getattr(config, name) for name in names}
+    return {variable: value for variable, value in given.items() if value is not None}
 
 
 def settings_of(kind: type) -> list[str]:

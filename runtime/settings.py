@@ -269,10 +269,18 @@ _ALL: Final = (
         "when the journal is brought onto the disk",
         "WHEN",
     ),
+    Setting("api_key", text, None, "a key that every call needs; better in a key file", "KEY"),
+    Setting("key_file", path, None, "file of keys and tenants, for understudy keys", "FILE"),
+    Setting("tls_certificate", path, None, "certificate chain; with tls-key: HTTPS", "FILE"),
+    Setting("tls_key", path, None, "private key of the certificate", "FILE"),
+    Setting("connections_per_address", integer(1, 1 << 20), 8192, "connections of one client", "N"),
     Setting("queue_max", integer(1, 1 << 20), 1024, "requests that may wait", "N"),
     Setting("start_timeout", number(1, 86400), 600.0, "seconds to become ready", "S"),
     Setting("shutdown_timeout", number(0, 86400), 30.0, "seconds for streams at the end", "S"),
 )
+
+SECRETS: Final = frozenset({"api_key"})
+"""Settings that are shown to nobody, and handed to child processes by the environment."""
 
 SETTINGS: Final[Mapping[str, Setting]] = {setting.name: setting for setting in _ALL}
 

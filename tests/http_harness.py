@@ -16,12 +16,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from understudy.actors.http_access import FindKey
 from understudy.actors.http_answers import HttpLimits
 from understudy.actors.http_server import serve_http
 from understudy.actors.scripted_gateway import ScriptedGateway
 from understudy.protocol.request import Request
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.listening import listen
+from understudy.runtime.kit.tls import Certificate
 from understudy.runtime.served_model import ServedModel
 from understudy.runtime.tokenizer import Tokenizer
 
@@ -182,6 +184,8 @@ async def serving(
     wall_clock: Callable[[], float] = lambda: NOW,
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
+    find_key: FindKey | None = None,
+    certificate: Certificate | None = None,
 ) -> AsyncIterator[Harness]:
     """A server for the model in ``directory``."""
     served = ServedModel.from_directory(
@@ -203,6 +207,8 @@ async def serving(
         limits=limits or HttpLimits(shutdown_timeout_s=0.1),
         chance=random.Random(1),
         wall_clock=wall_clock,
+        find_key=find_key,
+        certificate=certificate,
     )
     try:
         async with aiohttp.ClientSession(f"http://{host}:{port}") as session:

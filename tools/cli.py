@@ -263,6 +263,29 @@ def _add_quarantine(parser: argparse.ArgumentParser) -> None:
         child.set_defaults(run=run)
 
 
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    from understudy.tools import keys
+
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    made = actions.add_parser(
+        "add", help="make a key and print it, once", example="understudy keys add acme --weight 4"
+    )
+    made.add_argument("tenant", help="whose it is")
+    keys.add_arguments(made)
+    made.set_defaults(run=lambda arguments: keys.add(flags_of(arguments), arguments))
+    listed = actions.add_parser("list", help="what is known", example="understudy keys list")
+    listed.set_defaults(run=lambda arguments: keys.list_all(flags_of(arguments)))
+    revoked = actions.add_parser(
+        "revoke", help="let nobody in with it any more", example="understudy keys revoke k3f29c1a"
+    )
+    revoked.add_argument("key_id", metavar="KEY", help="as the list shows it")
+    revoked.set_defaults(run=lambda arguments: keys.revoke(flags_of(arguments), arguments.key_id))
+    for action in (made, listed, revoked):
+        _add_settings(action, [])
+        shown = "the key file, unless the configuration names it"
+        action.add_argument("--key-file", metavar="FILE", help=shown)
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stay", action="store_true", help="go on serving after the answer")
 
@@ -364,6 +387,9 @@ COMMANDS: Final = {
         help="requests that engines died of",
         example="understudy quarantine list",
         add=_add_quarantine,
+    ),
+    "keys": Command(
+        help="whose calls are let in", example="understudy keys add acme", add=_add_keys
     ),
     "config": Command(
         help="show or check the configuration",

@@ -11,6 +11,7 @@ from typing import Any
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.settings import (
+    SECRETS,
     SETTINGS,
     Defaults,
     Settings,
@@ -59,6 +60,8 @@ def show(flags: Mapping[str, str], *, with_origin: bool) -> int:
     settings = settle(flags)
     for name, setting in SETTINGS.items():
         value = settings.values[name]
+        if name in SECRETS and value is not None:
+            value = "(hidden)"
         line = f"{name.replace('_', '-')} = {_toml(value)}"
         if value is None:
             line = f"# {name.replace('_', '-')} is not set: {setting.help}"

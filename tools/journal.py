@@ -169,6 +169,11 @@ class _Reader:
             case records.FORGET:
                 request_id = records.decode_epoch(data, start)
                 return Event(lsn, f"forget {request_id}", (request_id,))
+            case records.USAGE:
+                used = records.decode_usage(data, start, stop)
+                counts = used.usage
+                text = f"{counts.prompt_tokens} + {counts.output_tokens} tokens"
+                return Event(lsn, f"usage of {used.tenant or '-'} on day {counts.day}: {text}", ())
             case records.CLOCK:
                 return Event(lsn, f"clock {records.decode_clock(data, start):.3f} s", ())
             case _:

@@ -53,12 +53,12 @@ def run_node(
         return error.status
 
 
-def base_url(address: str) -> str:
+def base_url(address: str, *, scheme: str = "http") -> str:
     """The URL of the API for a client on this machine."""
     for wildcard, loopback in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):
         if address.startswith(wildcard):
             address = loopback + address.removeprefix(wildcard)
-    return f"http://{address}/v1"
+    return f"{scheme}://{address}/v1"
 
 
 def send_output_to(path: Path) -> TextIO:
@@ -131,8 +131,10 @@ def _run_in_background(config: LauncherConfig, log_path: Path, writer: int) -> N
 
 def _ready_message(config: LauncherConfig, ready: Ready, quick_stop: str = "") -> str:
     engines = "1 engine serves" if ready.engines == 1 else f"{ready.engines} engines serve"
+    is_secure = config.gateways[0].tls_certificate is not None
+    url = base_url(ready.address, scheme="https" if is_secure else "http")
     return (
-        f"understudy is ready: {engines} {ready.model} at {base_url(ready.address)}\n"
+        f"understudy is ready: {engines} {ready.model} at {url}\n"
         f"to stop it: {quick_stop}understudy stop --run-dir {config.run_dir}"
     )
 

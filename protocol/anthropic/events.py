@@ -24,7 +24,12 @@ from understudy.protocol.openai.streamed import Told
 
 _encode = msgspec.json.Encoder().encode
 
-_STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_STOP_REASONS: Final = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "deadline": "max_tokens",  # cut off: there is no word for why
+}
 
 
 class MessageEncoder:

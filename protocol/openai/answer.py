@@ -119,6 +119,8 @@ def finish_reason_or_error(finish: FinishReason) -> str | RequestError:
             return "length"
         case FinishReason.CANCELLED:
             return Unavailable("the request was cancelled by the server")
+        case FinishReason.DEADLINE:
+            return "deadline"
         case FinishReason.ERROR:
             return InternalError("the system could not go on with the request")
         case FinishReason.REFUSED:

@@ -35,9 +35,11 @@ STATUSES: Final = {
     "stop": "completed",
     "tool_calls": "completed",
     "length": "incomplete",
+    "deadline": "incomplete",
     "cancelled": "cancelled",
 }
 """By what an answer ended with."""
+_WHY_INCOMPLETE: Final = {"length": "max_output_tokens", "deadline": "deadline"}
 _LAST_EVENTS: Final = {
     "completed": "response.completed",
     "incomplete": "response.incomplete",
@@ -81,6 +83,7 @@ class ResponseEncoder:
         self._texts: list[str] = []
         self._num_calls = 0
         self._status = "queued" if self._kept.is_background else "in_progress"
+        self._why_incomplete: str | None = None
         self._told = Told(0, 0, 0)
 
     @property
@@ -110,6 +113,7 @@ class ResponseEncoder:
         if told.finish_reason is not None:
             self._end_item(is_last=True)
             self._status = STATUSES[told.finish_reason]
+            self._why_incomplete = _WHY_INCOMPLETE.get(told.finish_reason)
             self._event(_LAST_EVENTS[self._status], response=self.response())
         return self._take_events()
 
@@ -121,7 +125,7 @@ class ResponseEncoder:
 
     def response(self) -> dict[str, Any]:
         """The response's object, as far as it is."""
-        reason = {"incomplete": {"reason": "max_output_tokens"}}.get(self._status)
+        reason = None if self._why_incomplete is None else {"reason": self._why_incomplete}
         has_ended = self._status not in {"queued", "in_progress"}
         output = [dict(item) for item in self._output]
         if self._open_item() is not None:

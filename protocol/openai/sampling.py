@@ -33,6 +33,7 @@ STOP_TOKEN_IDS_MAX: Final = 64
 LOGIT_BIAS_MAX: Final = 1024
 LOGPROBS_MAX: Final = 20
 CACHE_SALT_BYTES_MAX: Final = 256
+DEADLINE_MS_MAX: Final = 86_400_000
 
 _SMALLEST: Final = 1e-5
 """Temperatures below it are greedy; as top_p it keeps the likeliest token alone."""
@@ -72,6 +73,7 @@ class GenerationFields(msgspec.Struct, kw_only=True, frozen=True):
     priority: int | None = None
     cache_salt: str | None = None
     structured_outputs: StructuredOutputs | None = None
+    deadline_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class Generation:
     cache_salt: str
     grammar: Grammar | None = None
     """What an answer must look like. Whether it can be compiled is not known yet."""
+    deadline_s: float | None = None
 
 
 def check_generation(
@@ -164,6 +167,7 @@ def check_generation(
         priority=_within("priority", fields.priority, 0, least=-(1 << 31), most=(1 << 31) - 1),
         cache_salt=_cache_salt(fields.cache_salt),
         grammar=_grammar(fields, model, response_format),
+        deadline_s=_deadline_s(fields.deadline_ms),
     )
 
 
@@ -188,6 +192,12 @@ def _grammar(
         text = "this model has no token that ends an answer, which structured output needs"
         raise InvalidRequest(text, param=grammar.param)
     return grammar
+
+
+def _deadline_s(deadline_ms: int | None) -> float | None:
+    if deadline_ms is None:
+        return None
+    return _within("deadline_ms", deadline_ms, 0, least=1, most=DEADLINE_MS_MAX) / 1e3
 
 
 def _cache_salt(salt: str | None) -> str:
@@ -269,6 +279,7 @@ def make_requests(
             ),
             priority=generation.priority,
             cache_salt=generation.cache_salt,
+            deadline_s=generation.deadline_s,
         )
         for index, request_id in enumerate(request_ids)
     ]

@@ -1,8 +1,8 @@
 """Admission: whether the queue takes one more request, and if not, when to come back.
 
 A queue that grows without bound helps nobody: everyone in it waits longer, and in the end for
-nothing. So it is bounded in requests and in tokens, a refusal is immediate, and the time it names
-is computed: what has to leave the queue first, at the rate at which requests have been ending.
+nothing. So it is bounded in requests, tokens and bytes, a refusal is immediate, and the time it
+names is computed: what has to leave the queue first, at the rate at which requests have ended.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class AdmissionLimits:
 
     requests_max: int = 1024
     tokens_max: int = 4 * 1024 * 1024
+    bytes_max: int = 256 * 1024 * 1024
 
 
 class Refusal(NamedTuple):
@@ -60,18 +61,27 @@ class Admission:
         self.finish_rate = FinishRate()
 
     def refusal(
-        self, *, num_tokens: int, requests_waiting: int, tokens_waiting: int, now: float
+        self,
+        *,
+        num_tokens: int,
+        requests_waiting: int,
+        tokens_waiting: int,
+        now: float,
+        num_bytes: int = 0,
+        bytes_waiting: int = 0,
     ) -> Refusal | None:
         """Why a request with so many prompt tokens is refused; ``None`` if it is taken."""
         if requests_waiting >= self._limits.requests_max:
             message = f"{requests_waiting} requests are waiting, the most that may"
         elif requests_waiting and tokens_waiting + num_tokens > self._limits.tokens_max:
             message = f"{tokens_waiting} prompt tokens are waiting; {num_tokens} more are too many"
+        elif requests_waiting and bytes_waiting + num_bytes > self._limits.bytes_max:
+            message = f"{bytes_waiting} bytes of requests are waiting; {num_bytes} more do not fit"
         else:
             return None
-        return Refusal(message, self._retry_after_s(requests_waiting, now))
+        return Refusal(message, self.retry_after_s(requests_waiting, now))
 
-    def _retry_after_s(self, requests_waiting: int, now: float) -> float:
+    def retry_after_s(self, requests_waiting: int, now: float) -> float:
         """Until half of the queue should have gone: then there is room for those sent away."""
         rate = self.finish_rate.per_s(now)
         if rate <= 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from understudy.protocol.request import Request, SamplingParams
+from understudy.runtime.control.registry import Member
 
 CANARY_TOKENS: Final = 8
 CANARY_WITHIN_S: Final = 30.0
@@ -38,3 +39,14 @@ class CanaryAnswers:
     def is_known(self, numerics: str) -> bool:
         """Whether there is an answer to compare with."""
         return numerics in self._by_class
+
+
+class Canary:
+    """A canary that an engine has not answered yet."""
+
+    __slots__ = ("due_at", "engine", "tokens")
+
+    def __init__(self, engine: Member, due_at: float) -> None:
+        self.engine = engine
+        self.due_at = due_at
+        self.tokens: list[int] = []

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Final
 
 from understudy.protocol.errors import (
+    DeadlineExceeded,
     IdempotencyMismatch,
     NotFound,
     Overloaded,
@@ -29,57 +29,60 @@ from understudy.protocol.messages import (
     Accepted,
     Assign,
     Cancel,
-    Deliver,
     Duplicate,
     Failed,
-    Found,
     HeldRequest,
     Rejected,
-    TimelineRequest,
 )
 from understudy.protocol.request import FinishReason, Request, TokenRow, fingerprint
 from understudy.protocol.timeline import RESTORED
+from understudy.runtime.control.accounts import Accounts
 from understudy.runtime.control.admission import Admission, AdmissionLimits
+from understudy.runtime.control.audience import Audience
+from understudy.runtime.control.circuit_breaker import Circuits
+from understudy.runtime.control.deadlines import STALL_MAX_S, Deadlines, stall_error
+from understudy.runtime.control.door import Answer, Door, Places, size_of
+from understudy.runtime.control.enquiries import Enquiries
 from understudy.runtime.control.ledger import Entry, Ledger, Verdict
 from understudy.runtime.control.quarantine import Quarantine
 from understudy.runtime.control.registry import Member
 from understudy.runtime.control.request_queue import RequestQueue
 from understudy.runtime.control.router import Router
+from understudy.runtime.control.tenancy import UNLIMITED, PolicyOf
 from understudy.runtime.control.totals import Totals
 from understudy.runtime.kit.actor import Outbox
 from understudy.runtime.storage import records
-
-STALL_MAX_S: Final = 600.0
-"""A request that waits, or is with an engine, for so long without a token ends with an error."""
-DELIVER_ROWS_MAX: Final = 4096
-"""Rows in one message: even with all logprobs they take but a fraction of a frame."""
-CATCH_UP_TOKENS_MAX: Final = 8192
-"""Tokens in one message to who joins late: with all logprobs they take but a part of a frame."""
-UNCLAIMED_MAX_S: Final = 60.0
-"""A request whose gateway is gone ends if no client has joined its stream again by then. One with
-an idempotency key goes on: its client may send it again at any time."""
 
 
 class Dispatcher:
     """All requests, and where each of them is."""
 
     def __init__(
-        self, outbox: Outbox, limits: AdmissionLimits, serving: Callable[[], list[Member]]
+        self,
+        outbox: Outbox,
+        limits: AdmissionLimits,
+        serving: Callable[[], list[Member]],
+        *,
+        policy_of: PolicyOf = lambda _: UNLIMITED,
+        today: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``serving`` gives the engines that take new work."""
+        """``serving`` gives the engines that take new work, ``today`` the days since 1970."""
         self.totals = Totals()
         self._outbox = outbox
         self._serving = serving
         self._ledger = Ledger()
-        self._queue = RequestQueue()
+        self.accounts = Accounts(policy_of, today)
+        self._queue = RequestQueue(self.accounts.fair_share)
         self._router = Router()
         self._admission = Admission(limits)
         self.quarantine = Quarantine()
+        self._door = Door(self._admission, self._queue, self.accounts, self.quarantine)
+        self.audience = Audience(outbox)
+        self.enquiries = Enquiries(outbox, self._ledger)
+        self._circuits = Circuits()
+        self.deadlines = Deadlines()
         self._convicts: list[Request] = []
         self._with_engine: defaultdict[str, set[int]] = defaultdict(set)
-        self._with_gateway: defaultdict[str, set[int]] = defaultdict(set)
-        self._unclaimed_since: dict[int, float] = {}
-        self._deliveries: defaultdict[tuple[str, str], list[TokenRow]] = defaultdict(list)
         self._records: list[records.Record] = []
 
     @property
@@ -96,10 +99,6 @@ class Dispatcher:
         """How many requests an engine has."""
         return len(self._with_engine[engine])
 
-    def streams(self, gateway: str) -> int:
-        """How many living requests a gateway listens to."""
-        return len(self._with_gateway[gateway])
-
     def engines_expected(self) -> list[str]:
         """Engines that have requests, whether they are here or not."""
         return sorted(identity for identity, held in self._with_engine.items() if held)
@@ -107,7 +106,7 @@ class Dispatcher:
     def take_records(self) -> list[records.Record]:
         """What must be journaled before anything that was decided becomes known."""
         taken, self._records = self._records, []
-        return taken
+        return [*taken, *self.accounts.take_records()]
 
     # What gateways want
 
@@ -126,14 +125,19 @@ class Dispatcher:
                 text = "this idempotency key was used with another body"
                 self._reject(request, gateway, IdempotencyMismatch(text))
             return
-        error = self._refusal(request, now)
-        if error is not None:
+        answer = self._ask(request, now)
+        if isinstance(answer.error, Overloaded) or answer.victim is not None:
             # What came before it in this turn may have an engine, and not really wait.
             self.assign_waiting(now)
-            error = self._refusal(request, now)
-        if error is not None:
-            self._reject(request, gateway, error)
+            answer = self._ask(request, now)
+        if answer.error is not None:
+            self._reject(request, gateway, answer.error)
             return
+        if answer.victim is not None:
+            victim = self._ledger.get(answer.victim)
+            assert victim is not None
+            self.totals.shed += 1
+            self._fail(victim, self._door.shed_error(now), now)
         self.totals.admitted += 1
         entry = self._ledger.admit(request, now)
         self._records.append(
@@ -146,8 +150,10 @@ class Dispatcher:
                 body_digest=request.body_digest,
             )
         )
-        self._subscribe(entry, gateway)
-        self._enqueue(entry)
+        self.accounts.begin(entry, now, answer.forecast)
+        self.deadlines.watch(entry)
+        self.audience.join(entry, gateway)
+        self._enqueue(entry, now)
         self._outbox.send(gateway, Accepted(request.request_id))
 
     def cancel(self, request_id: int, gateway: str, now: float) -> None:
@@ -155,7 +161,7 @@ class Dispatcher:
         entry = self._ledger.get(request_id)
         if entry is None or gateway not in entry.subscribers:
             return
-        self._unsubscribe(entry, gateway)
+        self.audience.leave(entry, gateway)
         if not entry.subscribers:
             self._end(entry, FinishReason.CANCELLED, now)
 
@@ -167,25 +173,17 @@ class Dispatcher:
             self._outbox.send(gateway, failed)
             return
         if not entry.finish:
-            self._subscribe(entry, gateway)
+            self.audience.join(entry, gateway)
         if position < len(entry.output) or entry.finish:
-            self._catch_up(entry, position, gateway)
+            self.audience.catch_up(entry, position, gateway)
 
     def reclaim(self, held: Iterable[HeldRequest], gateway: str, now: float) -> None:
         """A gateway is back: it holds these, and has given up whatever else it had."""
         positions = dict(held)
-        for request_id in sorted(self._with_gateway[gateway] - positions.keys()):
+        for request_id in sorted(self.audience.streams(gateway) - positions.keys()):
             self.cancel(request_id, gateway, now)
         for request_id, position in positions.items():
             self.attach(request_id, position, gateway)
-
-    def look_up(self, group_id: int, tenant: str, gateway: str) -> None:
-        """Tell a gateway the requests of a group, if they are this tenant's."""
-        entries = self._ledger.group(group_id, tenant)
-        requests = tuple(entry.request for entry in entries)
-        lengths = tuple(len(entry.output) for entry in entries)
-        ends = tuple(entry.finish for entry in entries)
-        self._outbox.send(gateway, Found(group_id, tenant, requests, lengths, ends))
 
     def end_group(self, group_id: int, tenant: str, now: float, *, is_forgotten: bool) -> None:
         """End a call for all who listen, at its client's wish; perhaps forget it altogether."""
@@ -194,25 +192,19 @@ class Dispatcher:
                 gateways = list(entry.subscribers)
                 self._end(entry, FinishReason.CANCELLED, now)
                 for gateway in gateways:
-                    self._catch_up(entry, len(entry.output), gateway)
+                    self.audience.catch_up(entry, len(entry.output), gateway)
             if is_forgotten:
                 self._ledger.forget(entry)
                 self._records.append(records.Forget(entry.request_id))
 
-    def timelines(self, asked: TimelineRequest, gateway: str) -> None:
-        """Tell a gateway what became of a tenant's requests."""
-        found = self._ledger.timelines(asked.tenant, asked.group_id, asked.requests_max)
-        self._outbox.send(gateway, asked.answer(tuple(found)))
-
     def gateway_left(self, gateway: str, now: float) -> None:
         """A gateway is gone. Its requests go on for a while: clients may come back by another."""
-        for request_id in sorted(self._with_gateway.pop(gateway, ())):
+        for request_id in self.audience.forget_gateway(gateway):
             entry = self._ledger.get(request_id)
             assert entry is not None
             entry.subscribers.remove(gateway)
             if not entry.subscribers:
-                self._unclaimed_since[request_id] = now
-        self._with_gateway.pop(gateway, None)
+                self.audience.miss(entry, now)
 
     def take_convicts(self) -> list[Request]:
         """The requests that were quarantined since the last call."""
@@ -238,7 +230,8 @@ class Dispatcher:
                     assert entry is not None
                     self.totals.broken += 1
                     self._outbox.send(engine.identity, Cancel(row.request_id))
-                    self._take_back(entry)
+                    self._circuits.failed(engine.identity, row.request_id, now)
+                    self._take_back(entry, now)
         self._records += [
             records.CacheHit(row.request_id, row.num_cached_tokens)
             for row in accepted
@@ -279,14 +272,17 @@ class Dispatcher:
         for request_id in sorted(engine.unclaimed & self._with_engine[engine.identity]):
             entry = self._ledger.get(request_id)
             assert entry is not None
-            self._take_back(entry)
+            self._take_back(entry, entry.progress_at)
         engine.unclaimed.clear()
 
-    def refused(self, request_id: int, attempt: int, engine: str, error: RequestError) -> None:
+    def refused(
+        self, request_id: int, attempt: int, engine: str, error: RequestError, now: float
+    ) -> None:
         """An engine cannot serve a request."""
         entry = self._ledger.get(request_id)
         if entry is not None and (entry.engine, entry.attempt) == (engine, attempt):
-            self._fail(entry, error, entry.progress_at)
+            self._circuits.failed(engine, request_id, now)
+            self._fail(entry, error, now)
 
     def engine_fell(self, engine: str, suspects: frozenset[int], now: float) -> None:
         """An engine is gone; ``suspects`` were in the step in which it ended."""
@@ -302,21 +298,22 @@ class Dispatcher:
                 text = "engines died of this request; it is quarantined"
                 self._fail(entry, Quarantined(text), now)
             else:
-                self._take_back(entry)
+                self._take_back(entry, now)
         self._with_engine.pop(engine, None)
+        self._circuits.forget(engine)
         self._router.forget(engine)
 
     def forget_prefixes(self, engine: str) -> None:
         """An engine has no computed prefixes any more."""
         self._router.forget(engine)
 
-    def move_away(self, engine: str) -> None:
+    def move_away(self, engine: str, now: float) -> None:
         """Take all requests from an engine that is to rest; they go on elsewhere."""
         for request_id in sorted(self._with_engine[engine]):
             entry = self._ledger.get(request_id)
             assert entry is not None
             self._outbox.send(engine, Cancel(request_id))
-            self._take_back(entry)
+            self._take_back(entry, now)
 
     # What time and turns bring
 
@@ -325,33 +322,38 @@ class Dispatcher:
         if not len(self._queue):
             return
         engines = self._serving()
-        while (request_id := self._queue.first()) is not None:
+        while (request_id := self._queue.first(now)) is not None:
             entry = self._ledger.get(request_id)
             assert entry is not None
+            if now >= entry.due_at:
+                self._expire(entry, now)
+                continue
+            if self._circuits:
+                engines = [e for e in self._serving() if self._circuits.allows(e.identity, now)]
             chosen = self._router.choose(entry, engines, self.outstanding)
             if chosen is None:
                 return
-            self._queue.pop()
+            self._queue.pop(now)
             self._assign(request_id, chosen, now)
 
-    def deliver(self) -> None:
-        """Tell the gateways what has come in since the last call: a message for each step."""
-        for (gateway, engine), rows in self._deliveries.items():
-            for first in range(0, len(rows), DELIVER_ROWS_MAX):
-                some = tuple(rows[first : first + DELIVER_ROWS_MAX])
-                self._outbox.send(gateway, Deliver(some, engine))
-        self._deliveries.clear()
+    def expire(self, now: float) -> None:
+        """End what is past its deadline, and nobody else has ended."""
+        for entry in self.deadlines.passed(self._ledger.get, now):
+            self._expire(entry, now)
 
     def do_chores(self, now: float) -> None:
         """End what has stood still for too long, and forget what is past its time."""
         for stalled in self._ledger.entries():
             if now >= stalled.progress_at + STALL_MAX_S:
-                self._fail(stalled, stalled.stalled(STALL_MAX_S), now)
-        for request_id, since in list(self._unclaimed_since.items()):
-            entry = self._ledger.get(request_id)
-            assert entry is not None
-            if now >= since + UNCLAIMED_MAX_S and not entry.request.idempotency_key:
-                self._end(entry, FinishReason.CANCELLED, now)
+                self._fail(stalled, stall_error(stalled), now)
+        for entry in self._ledger.entries():
+            if entry.engine is not None:
+                self.accounts.settle(entry, now)
+        for request_id in self.audience.unclaimed(now):
+            lost = self._ledger.get(request_id)
+            assert lost is not None
+            if not lost.request.idempotency_key:
+                self._end(lost, FinishReason.CANCELLED, now)
         self._ledger.forget_old(now)
 
     def restore(self, entry: Entry, now: float) -> None:
@@ -361,9 +363,11 @@ class Dispatcher:
         self._ledger.restore(entry)
         if entry.finish:
             return
-        self._unclaimed_since[entry.request_id] = now
+        self.accounts.resume(entry, now)
+        self.deadlines.watch(entry)
+        self.audience.miss(entry, now)
         if entry.engine is None:
-            self._enqueue(entry)
+            self._enqueue(entry, now)
         else:
             self._with_engine[entry.engine].add(entry.request_id)
 
@@ -371,30 +375,23 @@ class Dispatcher:
         """Assert that queue, ledger, engines and gateways tell the same story."""
         self._queue.check_integrity()
         self._ledger.check_integrity()
+        self.accounts.check_integrity(self._ledger.entries())
         for entry in self._ledger.entries():
             assert (entry.engine is None) == (entry.request_id in self._queue)
             if entry.engine is not None:
                 assert entry.request_id in self._with_engine[entry.engine]
-            for gateway in entry.subscribers:
-                assert entry.request_id in self._with_gateway[gateway]
-            assert (not entry.subscribers) == (entry.request_id in self._unclaimed_since)
+            self.audience.check_integrity(entry)
         held = [held for sets in self._with_engine.values() for held in sets]
         assert len(held) == len(set(held)) == self.num_living - self.num_queued
 
-    def _refusal(self, request: Request, now: float) -> RequestError | None:
+    def _ask(self, request: Request, now: float) -> Answer:
         if self._ledger.group(request.group_id):
-            return None  # a call is taken as a whole
-        if self.quarantine.is_convicted(fingerprint(request), now):
-            return Quarantined("engines died of this very request not long ago")
-        refusal = self._admission.refusal(
-            num_tokens=len(request.prompt),
-            requests_waiting=len(self._queue),
-            tokens_waiting=self._queue.num_tokens,
-            now=now,
-        )
-        if refusal is None:
-            return None
-        return Overloaded(refusal.message, retry_after_s=refusal.retry_after_s)
+            return Answer()  # a call is taken as a whole
+        return self._door.ask(request, self._places, now)
+
+    def _places(self) -> Places:
+        seats = [engine.capacity.max_num_seqs for engine in self._serving() if engine.capacity]
+        return Places(sum(seats), self.num_living - self.num_queued)
 
     def _reject(self, request: Request, gateway: str, error: RequestError) -> None:
         self.totals.rejected += 1
@@ -407,59 +404,70 @@ class Dispatcher:
             self.totals.resumed_inexact += 1
         entry.numerics = engine.numerics
         self._with_engine[engine.identity].add(request_id)
+        self.accounts.assigned(entry, engine, self.outstanding(engine.identity), now)
+        self._circuits.assigned(engine.identity, request_id, now)
         engine.unclaimed.discard(request_id)
         self._records.append(
             records.Assign(request_id, entry.attempt, engine.identity, engine.epoch)
         )
         is_suspect = self.quarantine.is_suspect(request_id)
-        assign = Assign(entry.request, entry.attempt, tuple(entry.output), is_suspect)
+        deadline_s = None if entry.request.deadline_s is None else entry.deadline_at - now
+        output = tuple(entry.output)
+        assign = Assign(entry.request, entry.attempt, output, is_suspect, deadline_s)
         self._outbox.send(engine.identity, assign)
 
-    def _enqueue(self, entry: Entry) -> None:
+    def _enqueue(self, entry: Entry, now: float) -> None:
         self._queue.push(
             entry.request_id,
             num_tokens=entry.num_tokens,
             priority=entry.request.priority,
             is_resumed=entry.attempt > 0,
+            tenant=entry.request.tenant,
+            num_bytes=size_of(entry.request).num_bytes,
+            due_at=entry.due_at,
+            now=now,
         )
 
     def _pass_on(self, entry: Entry, row: TokenRow, engine: Member, now: float) -> None:
         """Tell the subscribers of an accepted row, and settle the end if it is one."""
         self.totals.tokens += len(row.tokens)
-        for gateway in entry.subscribers:
-            self._deliveries[gateway, engine.name].append(row)
+        self.audience.tell(entry, row, engine.name)
+        if row.finish == FinishReason.ERROR:
+            self._circuits.failed(engine.identity, row.request_id, now)
+        elif self._circuits:
+            self._circuits.succeeded(engine.identity, row.request_id)
         if row.finish:
             self._router.ended(entry, engine)
+            self.accounts.settle(entry, now)
             self._leave(entry)
             self._ledger.end(entry, FinishReason(row.finish), now)
+            self.accounts.end(entry, now)
             self._admission.finish_rate.record(now)
             self.totals.finished += 1
 
-    def _catch_up(self, entry: Entry, position: int, gateway: str) -> None:
-        """Tell one gateway all that it lacks."""
-        if entry.error_code:
-            failed = Failed(entry.request_id, entry.error_code, entry.error_message)
-            self._outbox.send(gateway, failed)
-            return
-        # What this turn has accepted is in the entry already and must not come again behind it.
-        self.deliver()
-        for row in entry.rows_from(position, CATCH_UP_TOKENS_MAX):
-            self._outbox.send(gateway, Deliver((row,)))
-
-    def _take_back(self, entry: Entry) -> None:
+    def _take_back(self, entry: Entry, now: float) -> None:
         """Take a request from its engine and queue it, to go on where its output ends."""
         assert entry.engine is not None
+        self.accounts.settle(entry, now)
         self._with_engine[entry.engine].discard(entry.request_id)
+        self._circuits.withdrawn(entry.engine, entry.request_id)
         self._ledger.release(entry.request_id)
         self.totals.resumed += 1
-        self._enqueue(entry)
+        self._enqueue(entry, now)
 
     def _fail(self, entry: Entry, error: RequestError, now: float) -> None:
-        failed = Failed(entry.request_id, error.code or "", error.message)
-        self.deliver()  # its last tokens may have come in this turn
-        for gateway in entry.subscribers:
-            self._outbox.send(gateway, failed)
-        self._end(entry, FinishReason.ERROR, now, error)
+        is_late = isinstance(error, DeadlineExceeded)
+        self.audience.fail(entry, error)
+        self._end(entry, FinishReason.DEADLINE if is_late else FinishReason.ERROR, now, error)
+
+    def _expire(self, entry: Entry, now: float) -> None:
+        """End a request whose time is over, with what it has."""
+        if not entry.output:
+            error = DeadlineExceeded("the deadline passed before there was a token")
+            self._fail(entry, error, now)
+            return
+        self.audience.tell(entry, entry.end_row(FinishReason.DEADLINE), "")
+        self._end(entry, FinishReason.DEADLINE, now)
 
     def _end(
         self,
@@ -472,8 +480,10 @@ class Dispatcher:
         code, message = ("", "") if error is None else (error.code or "", error.message)
         if entry.engine is not None:
             self._outbox.send(entry.engine, Cancel(entry.request_id))
+        self.accounts.settle(entry, now)
         self._leave(entry)
         self._ledger.end(entry, finish, now, code=code, message=message)
+        self.accounts.end(entry, now)
         self._records.append(records.End(entry.request_id, finish, code, message))
         self.totals.finished += 1
 
@@ -483,18 +493,6 @@ class Dispatcher:
         self._queue.remove(request_id)
         if entry.engine is not None:
             self._with_engine[entry.engine].discard(request_id)
-        for gateway in entry.subscribers:
-            self._with_gateway[gateway].discard(request_id)
-        entry.subscribers.clear()
-        self._unclaimed_since.pop(request_id, None)
+            self._circuits.withdrawn(entry.engine, request_id)
+        self.audience.dismiss(entry)
         self.quarantine.forget(request_id)
-
-    def _subscribe(self, entry: Entry, gateway: str) -> None:
-        if gateway not in entry.subscribers:
-            entry.subscribers.append(gateway)
-            self._with_gateway[gateway].add(entry.request_id)
-        self._unclaimed_since.pop(entry.request_id, None)
-
-    def _unsubscribe(self, entry: Entry, gateway: str) -> None:
-        entry.subscribers.remove(gateway)
-        self._with_gateway[gateway].discard(entry.request_id)

@@ -18,7 +18,6 @@ from enum import Enum
 from itertools import chain, islice
 from typing import Final, NamedTuple
 
-from understudy.protocol.errors import InternalError, RequestError, Unavailable
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -46,6 +45,9 @@ token; the oldest are forgotten first."""
 
 TIMELINES_LOOKED_AT_MAX: Final = 4096
 """Requests that are looked at to find a tenant's latest ones."""
+
+
+_INFINITY: Final = float("inf")
 
 
 class Verdict(Enum):
@@ -90,6 +92,10 @@ class Entry:
     ended_at: float = 0.0
     num_cached_tokens: int = 0
     """Of the prompt, in the cache of the engine that made the first token."""
+    assigned_at: float = 0.0
+    """When it was given to an engine for the first time; 0: not by this supervisor."""
+    first_token_at: float = 0.0
+
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     """Of the drafted ones."""
@@ -100,12 +106,6 @@ class Entry:
         """Remember that something happened."""
         if len(self.events) < EVENTS_MAX or what == ENDED:
             self.events.append(TimelineEvent(now - self.admitted_at, what, engine))
-
-    def stalled(self, for_s: float) -> RequestError:
-        """The error of a request that stood still for so long."""
-        if self.engine is None:
-            return Unavailable(f"no engine took the request within {for_s:.0f} s")
-        return InternalError(f"the engine made no token within {for_s:.0f} s")
 
     @property
     def timeline(self) -> RequestTimeline:
@@ -122,6 +122,20 @@ class Entry:
             self.error_code,
             tuple(self.events),
         )
+
+    @property
+    def deadline_at(self) -> float:
+        """When its answer has to be complete."""
+        deadline_s = self.request.deadline_s
+        return _INFINITY if deadline_s is None else self.admitted_at + deadline_s
+
+    @property
+    def due_at(self) -> float:
+        """When it is of no use any more to go on waiting."""
+        first_token_s = self.request.first_token_s
+        if first_token_s is None or self.output:
+            return self.deadline_at
+        return min(self.deadline_at, self.admitted_at + first_token_s)
 
     @property
     def request_id(self) -> int:
@@ -142,6 +156,11 @@ class Entry:
     def is_void(self) -> bool:
         """Whether it was called off before anything came of it: nobody wants to join that."""
         return self.finish == FinishReason.CANCELLED and not self.output
+
+    def end_row(self, finish: FinishReason) -> TokenRow:
+        """A row that ends the output where it is."""
+        position = len(self.output)
+        return TokenRow(self.request_id, self.attempt, position, (), self.prefix_hash, finish)
 
     def rows_from(self, position: int, num_tokens_max: int) -> list[TokenRow]:
         """All output from a position on, in rows of limited length; the last has the end."""
@@ -253,7 +272,7 @@ class Ledger:
         entry.epoch = epoch
         entry.note(ASSIGNED if entry.attempt == 1 else RESUMED, now, engine)
         if entry.attempt == 1:
-            entry.progress_at = now
+            entry.progress_at = entry.assigned_at = now
         return entry
 
     def release(self, request_id: int) -> Entry:
@@ -342,8 +361,10 @@ class Ledger:
         prefix_hash = extend_prefix_hash(entry.prefix_hash, row.tokens)
         if prefix_hash != row.prefix_hash:
             return Verdict.BROKEN
-        if row.tokens and not entry.output:
-            entry.note(BEGUN, now, entry.engine or "")
+        if not entry.output:
+            entry.first_token_at = now
+            if row.tokens:
+                entry.note(BEGUN, now, entry.engine or "")
         entry.output.extend(row.tokens)
         if row.num_draft_tokens:
             entry.num_draft_tokens += row.num_draft_tokens

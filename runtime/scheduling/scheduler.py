@@ -162,7 +162,7 @@ class Scheduler:
         if sequence.status is not SequenceStatus.FINISHED:
             self._suspects[sequence.request_id] = sequence
 
-    def cancel(self, request_id: int) -> bool:
+    def cancel(self, request_id: int, finish: FinishReason = FinishReason.CANCELLED) -> bool:
         """End a sequence, and free its blocks at once; ``False`` if it is not here (any more).
 
         If a step is under way, what it computes for the sequence is dropped.
@@ -171,7 +171,7 @@ class Scheduler:
         if sequence is None:
             return False
         self._remove(sequence)
-        self._ended.append(_token_row(sequence, FinishReason.CANCELLED))
+        self._ended.append(_token_row(sequence, finish))
         return True
 
     @property

@@ -16,12 +16,13 @@ from typing import Final
 
 from understudy.protocol.request import FinishReason
 from understudy.runtime.storage.logprobs import PackedLogprobs
-from understudy.runtime.storage.records import Admit, CheckpointPayload, unpack_admit
+from understudy.runtime.storage.records import Admit, CheckpointPayload, Usage, unpack_admit
 
 SERIAL_MASK: Final = (1 << 32) - 1
 _CHANGED_STEPS_MAX: Final = 16
 RUN_STEPS_MAX: Final = 32
 """A batch's tokens are dealt out to its requests after so many steps at the latest."""
+USAGE_DAYS_KEPT: Final = 92
 _OVERHEAD_BYTES: Final = 512
 """What a request costs beside its tokens."""
 
@@ -265,6 +266,8 @@ class Image:
         self.epoch = 0
         self.clock = 0.0
         self.next_serial = 1
+        self.usage: dict[str, dict[int, Usage]] = {}
+        """Of each tenant, by day."""
         self._retention = retention
         self._ended_bytes = 0
         self._expiry_at = float("inf")
@@ -369,6 +372,13 @@ class Image:
         )
         self.live = {held.request_id: held for held in by_age}
         self.ended = dict(sorted(self.ended.items(), key=lambda item: item[1].ended_at))
+
+    def note_usage(self, usage: Usage) -> None:
+        """A tenant has used so much in a day; the oldest of too many days is forgotten."""
+        days = self.usage.setdefault(usage.tenant, {})
+        days[usage.usage.day] = usage
+        if len(days) > USAGE_DAYS_KEPT:
+            del days[min(days)]
 
     def set_clock(self, now: float) -> None:
         """Let time be ``now``. A clock that is behind is that of a machine that started anew."""

@@ -48,6 +48,7 @@ from understudy.runtime.storage.records import (
     Forget,
     Record,
     Step,
+    Usage,
 )
 from understudy.runtime.storage.recovery import (
     DAMAGE_CODE,
@@ -215,6 +216,7 @@ class Journal:
         parts: list[bytes] = []
         if self._writer.is_open and self._writer.is_empty:
             parts.append(self._header())
+            self._repeat_usage(parts)
         self._encode(parts, now)
         if self._writer.is_open and self._compaction is not None:
             self._move_portion(self._compaction, parts)
@@ -293,6 +295,9 @@ class Journal:
                 if (ended := image.ended.get(request_id)) is not None:
                     image.forget(ended)
                 self._add(parts, records.FORGET, records.encode_epoch(request_id))
+            case Usage():
+                image.note_usage(record)
+                self._add(parts, records.USAGE, records.encode_usage(record))
             case Epoch(highest):
                 image.epoch = max(image.epoch, highest)
                 self._add(parts, records.EPOCH, records.encode_epoch(highest))
@@ -315,6 +320,12 @@ class Journal:
         )
         self._lsn += 1
         return encode_header(header)
+
+    def _repeat_usage(self, parts: list[bytes]) -> None:
+        """Every segment begins with all that is known of usage: those before it may go."""
+        for days in self._image.usage.values():
+            for usage in days.values():
+                self._add(parts, records.USAGE, records.encode_usage(usage))
 
     # Segments
 

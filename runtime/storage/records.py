@@ -21,6 +21,7 @@ from typing import Final, NamedTuple, TypeAlias
 import msgspec
 
 from understudy.protocol.request import FinishReason, Request, TokenRow
+from understudy.protocol.usage import DayUsage
 
 RECORD_HEAD: Final = Struct("<IIQB")
 """Length, crc32, lsn, kind."""
@@ -41,6 +42,7 @@ CHECKPOINT: Final = 9
 RETIRE: Final = 10
 CACHE_HIT: Final = 11
 FORGET: Final = 12
+USAGE: Final = 14
 
 KIND_NAMES: Final = {
     HEADER: "header",
@@ -55,6 +57,7 @@ KIND_NAMES: Final = {
     RETIRE: "retire",
     CACHE_HIT: "cache hit",
     FORGET: "forget",
+    USAGE: "usage",
 }
 
 
@@ -127,7 +130,15 @@ class Forget:
     request_id: int
 
 
-Record: TypeAlias = Admit | Assign | CacheHit | Step | End | Epoch | Forget
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """All that a tenant has used in one day so far."""
+
+    tenant: str
+    usage: DayUsage
+
+
+Record: TypeAlias = Admit | Assign | CacheHit | Step | End | Epoch | Forget | Usage
 
 
 class AssignPayload(NamedTuple):
@@ -201,6 +212,7 @@ PAYLOAD_AT: Final = _PREFIX.size
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_admit = msgspec.msgpack.Decoder(Admit).decode
 _unpack_rest = msgspec.msgpack.Decoder(_CheckpointRest).decode
+_unpack_usage = msgspec.msgpack.Decoder(Usage).decode
 _unpack_error = msgspec.msgpack.Decoder(tuple[str, str]).decode
 
 
@@ -264,6 +276,16 @@ def decode_cache_hit(data: bytes, start: int) -> tuple[int, int]:
     """The serial and the number of tokens."""
     serial, num_tokens = _CACHE_HIT.unpack_from(data, start)
     return serial, num_tokens
+
+
+def encode_usage(usage: Usage) -> bytes:
+    """The payload of a day's usage."""
+    return _pack(usage)
+
+
+def decode_usage(data: bytes, start: int, stop: int) -> Usage:
+    """The inverse of ``encode_usage``."""
+    return _unpack_usage(data[start:stop])
 
 
 def encode_end(mark: EndMark, code: str, message: str) -> bytes:

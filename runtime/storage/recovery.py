@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from understudy.protocol.request import FinishReason
 from understudy.runtime.storage.disk import Disk
 from understudy.runtime.storage.image import HeldRequest, Image, Retention, describe
+from understudy.runtime.storage.records import Usage
 from understudy.runtime.storage.replay import Cause, Doubt, Replay
 from understudy.runtime.storage.segments import segment_name
 from understudy.runtime.storage.survey import Part, Survey, survey
@@ -67,6 +68,7 @@ class Recovery:
     """The highest epoch that may have been given out."""
     damage: tuple[Damage, ...]
     statistics: RecoveryStatistics
+    usage: tuple[Usage, ...] = ()
 
 
 class Recovered(NamedTuple):
@@ -91,8 +93,9 @@ def recover(disk: Disk, retention: Retention, now: float) -> Recovered:
         if part.number >= found.start:
             _replay_part(disk, replay, part)
     doubts = replay.settle()
+    behind_s = min(0.0, now - image.clock)
     _finish(image, found, now)
-    recovery = _describe(image, found, doubts, now)
+    recovery = _describe(image, found, doubts, now, behind_s)
     return Recovered(recovery, image, found)
 
 
@@ -125,7 +128,10 @@ def _finish(image: Image, found: Survey, now: float) -> None:
     image.expire(now)
 
 
-def _describe(image: Image, found: Survey, doubts: list[Doubt], now: float) -> Recovery:
+def _describe(
+    image: Image, found: Survey, doubts: list[Doubt], now: float, behind_s: float
+) -> Recovery:
+    """``behind_s``: by how much the clock went back, if the machine started anew."""
     concerned = [doubt for doubt in doubts if doubt.cause is Cause.DAMAGE]
     affected_serials = {doubt.held.serial for doubt in concerned}
     live = [held for held in image.live.values() if held.serial not in affected_serials]
@@ -145,12 +151,13 @@ def _describe(image: Image, found: Survey, doubts: list[Doubt], now: float) -> R
         lost_admissions=found.lost_admissions,
     )
     return Recovery(
-        live=tuple(_clamped(describe(held), now) for held in live),
-        affected=tuple(_clamped(describe(doubt.held), now) for doubt in concerned),
+        live=tuple(_clamped(describe(held), now, behind_s) for held in live),
+        affected=tuple(_clamped(describe(doubt.held), now, behind_s) for doubt in concerned),
         ended=tuple(image.ended),
         epoch=image.epoch,
         damage=tuple(_list_damage(found, concerned)),
         statistics=statistics,
+        usage=tuple(usage for days in image.usage.values() for usage in days.values()),
     )
 
 
@@ -176,9 +183,13 @@ def _list_damage(found: Survey, concerned: list[Doubt]) -> list[Damage]:
     return listed
 
 
-def _clamped(request: HeldRequest, now: float) -> HeldRequest:
-    """A request admitted before the machine started anew counts as admitted now."""
-    if request.admit.admitted_at <= now:
+def _clamped(request: HeldRequest, now: float, behind_s: float) -> HeldRequest:
+    """A request as the clock has it that began anew with the machine: as old as it was.
+
+    So what is left until its deadline is what was left when the journal was last written.
+    """
+    admitted_at = min(request.admit.admitted_at + behind_s, now)
+    if admitted_at == request.admit.admitted_at:
         return request
-    admit = dataclasses.replace(request.admit, admitted_at=now)
+    admit = dataclasses.replace(request.admit, admitted_at=admitted_at)
     return dataclasses.replace(request, admit=admit)

@@ -148,6 +148,8 @@ class Replay:
         elif kind == records.CACHE_HIT:
             serial, num_tokens = records.decode_cache_hit(data, start)
             self._held(serial).num_cached_tokens = num_tokens
+        elif kind == records.USAGE:
+            self.image.note_usage(records.decode_usage(data, start, stop))
         elif kind == records.END:
             mark, code, message = records.decode_end(data, start, stop)
             self._end(mark, code, message)

@@ -349,4 +349,6 @@ def _choose(found: Survey, spans: dict[int, _Span], retention: Retention, now: f
         count = (end - first) & SERIAL_MASK
         found.lost_admissions += count - sum((s - first) & SERIAL_MASK < count for s in spans)
     last = found.parts[-1].number if found.parts else 0
+    # Usage is repeated at the beginning of each segment, and the latest may be torn just there.
     found.start = min((spans[serial].base for serial in kept), default=last)
+    found.start = min(found.start, last - 1)

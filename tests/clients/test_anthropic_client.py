@@ -14,6 +14,7 @@ from anthropic.types import MessageParam, ToolParam
 from tests.http_harness import MODEL, Harness, saying_text, serving
 from tests.tiny_models import CHATML, write_model
 from understudy.protocol.errors import InternalError
+from understudy.protocol.request import FinishReason
 
 TOOL: Final[ToolParam] = {
     "name": "weather",
@@ -167,6 +168,17 @@ async def test_errors_have_the_form_that_the_client_knows(directory: Path) -> No
             )
         assert isinstance(bad.value.body, dict)
         assert bad.value.body["error"]["param"] == "stop_sequences"
+
+
+async def test_an_answer_whose_deadline_passes_is_cut_off(directory: Path) -> None:
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 9}
+    async with serving(directory) as harness:
+        call = asyncio.ensure_future(harness.answer("/v1/messages", body))
+        request = await harness.submitted()
+        harness.gateway.deliver(request, *harness.tokens("one"), finish=FinishReason.DEADLINE)
+        answer = await call
+    assert answer["stop_reason"] == "max_tokens"
+    assert answer["content"] == [{"type": "text", "text": "one"}]
 
 
 async def test_a_stream_that_cannot_go_on_ends_with_an_error(directory: Path) -> None:

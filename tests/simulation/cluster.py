@@ -33,6 +33,7 @@ from understudy.protocol.request import Request
 from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.health import KILL_SILENT_AFTER_S, STEP_BUDGET_MAX_S
 from understudy.runtime.control.ledger import Entry
+from understudy.runtime.control.tenancy import UNLIMITED, PolicyOf
 from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR, Effect, Outbox, Send
 from understudy.runtime.kit.clock import VirtualClock
@@ -136,6 +137,7 @@ class Cluster:
         faults: NetworkFaults | None = None,
         limits: AdmissionLimits | None = None,
         step_s: float = STEP_S,
+        policy_of: PolicyOf = lambda _: UNLIMITED,
     ) -> None:
         self.network = VirtualNetwork(seed, faults)
         self.loop = VirtualLoop(self.network)
@@ -159,6 +161,7 @@ class Cluster:
                 stage=self.stage,
                 limits=limits,
                 started_at=clock.now(),
+                policy_of=policy_of,
             )
             supervisor.on_killed = self._die_in_a_write
             supervisor.watch = self.watch
@@ -166,7 +169,7 @@ class Cluster:
             self.watch.begin(entries)
             if self.watch.is_disk_sound:
                 self._check_remembered(entries)
-            supervisor.restore(entries, clock.now())
+            supervisor.restore(entries, clock.now(), recovery.usage)
             return supervisor
 
         self.loop.add(SUPERVISOR, make_supervisor)

@@ -121,8 +121,8 @@ MUTATIONS: Final = (
     Mutation(
         "resume off by one",
         _DISPATCHER,
-        "Assign(entry.request, entry.attempt, tuple(entry.output), is_suspect)",
-        "Assign(entry.request, entry.attempt, tuple(entry.output[:-1]), is_suspect)",
+        "        output = tuple(entry.output)\n",
+        "        output = tuple(entry.output[:-1])\n",
         _ACTORS,
     ),
     Mutation(
@@ -135,7 +135,7 @@ MUTATIONS: Final = (
     Mutation(
         "leave orphans where they are",
         _DISPATCHER,
-        "        self.totals.resumed += 1\n        self._enqueue(entry)\n",
+        "        self.totals.resumed += 1\n        self._enqueue(entry, now)\n",
         "        self.totals.resumed += 1\n",
         _ACTORS,
     ),
@@ -178,7 +178,7 @@ MUTATIONS: Final = (
     Mutation(
         "cancel what a dead gateway had at once",
         _DISPATCHER,
-        "                self._unclaimed_since[request_id] = now\n",
+        "                self.audience.miss(entry, now)\n",
         "                self._end(entry, FinishReason.CANCELLED, now)\n",
         _ACTORS,
     ),
@@ -186,7 +186,7 @@ MUTATIONS: Final = (
         "queue what its engine still has",
         _DISPATCHER,
         "            self._with_engine[entry.engine].add(entry.request_id)\n\n",
-        "            self._enqueue(entry)\n\n",
+        "            self._enqueue(entry, now)\n\n",
         _ACTORS,
     ),
     Mutation(
@@ -236,7 +236,8 @@ MUTATIONS: Final = (
         "submit once only",
         _GATEWAY,
         "            if opened.request is not None:\n"
-        "                self.outbox.send(SUPERVISOR, Submit(opened.request))\n",
+        "                late = hastened(opened.request, now - opened.submitted_at)\n"
+        "                self.outbox.send(SUPERVISOR, Submit(late))\n",
         "            pass\n",
         _ACTORS,
     ),

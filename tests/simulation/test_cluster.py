@@ -16,7 +16,8 @@ from tests.simulation.cluster import SCHEDULER, STEP_S, Cluster, undisturbed
 from tests.simulation.workload import draw_requests
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.control.admission import AdmissionLimits
-from understudy.runtime.control.dispatcher import STALL_MAX_S, UNCLAIMED_MAX_S
+from understudy.runtime.control.audience import UNCLAIMED_MAX_S
+from understudy.runtime.control.deadlines import STALL_MAX_S
 from understudy.runtime.control.health import SILENT_AFTER_S, STEP_BUDGET_MIN_S
 from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR
@@ -322,7 +323,9 @@ def test_a_full_queue_turns_clients_away_who_are_let_in_later() -> None:
     cluster.run(5.0)
     turned_away = [client for client in clients if client.end == "overloaded"]
     assert len(turned_away) == 100 - 10 - 2 * SCHEDULER.max_num_seqs
-    assert cluster.status().rejected == len(turned_away)
+    status = cluster.status()
+    assert status.rejected + status.shed == len(turned_away)
+    assert status.shed > 0, "urgent requests have come after others"
     check_outputs([client for client in clients if client.end != "overloaded"])
     cluster.check_all_ended()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from tests.simulation.stage import VirtualStage
@@ -36,6 +36,7 @@ from understudy.protocol.request import (
 from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.health import SILENT_AFTER_S
 from understudy.runtime.control.router import CREDIT_WINDOW_BATCHES
+from understudy.runtime.control.tenancy import UNLIMITED, PolicyOf
 from understudy.runtime.kit.actor import Effect, Send
 from understudy.runtime.storage.journal import Journal, JournalOptions
 from understudy.runtime.storage.virtual_disk import VirtualDisk
@@ -70,7 +71,12 @@ class Stage:
     """A supervisor, and everything it wanted done so far."""
 
     def __init__(
-        self, *, limits: AdmissionLimits | None = None, disk: VirtualDisk | None = None
+        self,
+        *,
+        limits: AdmissionLimits | None = None,
+        disk: VirtualDisk | None = None,
+        policy_of: PolicyOf = lambda _: UNLIMITED,
+        today: Callable[[], int] = lambda: 0,
     ) -> None:
         self.now = START_S
         self.machine = VirtualStage()
@@ -86,9 +92,11 @@ class Stage:
             stage=self.machine,
             limits=limits,
             started_at=START_S,
+            policy_of=policy_of,
+            today=today,
         )
         if self.restored:
-            self.supervisor.restore(self.restored, START_S)
+            self.supervisor.restore(self.restored, START_S, recovery.usage)
         self.effects: list[Effect] = []
         self._pids = 40
 
@@ -169,9 +177,14 @@ class Stage:
 
 
 def stage_with(
-    engines: int = 1, *, limits: AdmissionLimits | None = None, gateways: int = 1
+    engines: int = 1,
+    *,
+    limits: AdmissionLimits | None = None,
+    gateways: int = 1,
+    policy_of: PolicyOf = lambda _: UNLIMITED,
+    today: Callable[[], int] = lambda: 0,
 ) -> Stage:
-    stage = Stage(limits=limits)
+    stage = Stage(limits=limits, policy_of=policy_of, today=today)
     for number in range(gateways):
         stage.join(f"gateway-{number}.1", Role.GATEWAY)
     for engine in ENGINES[:engines]:

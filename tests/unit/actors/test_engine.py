@@ -385,3 +385,32 @@ def test_what_nobody_should_say_to_an_engine_changes_nothing(stage: Stage) -> No
     for message in (Accepted(1), ClusterState(1, 1, 1), Submit(request(9)), Fenced(4), Welcome(6)):
         assert len(stage.rows(message)) == 1
     assert stage.num_sequences == 1
+
+
+# Deadlines
+
+
+def test_what_is_past_its_deadline_ends_with_what_it_has_and_takes_part_in_no_step() -> None:
+    stage = Stage(step_s=0.1)
+    stage.join(1)
+    wanted = request(1, max_tokens=50)
+    outputs = stage.run(Assign(wanted, 1, deadline_s=0.35), Assign(request(2, max_tokens=2), 1))
+    assert len(outputs[1]) == 4  # the fourth step was under way
+    assert len(outputs[2]) == 2
+    assert stage.engine.heartbeat(0.0).blocks_free == NUM_BLOCKS
+
+
+def test_an_expired_request_is_never_computed() -> None:
+    stage = Stage()
+    stage.join(1)
+    [end] = stage.rows(Assign(request(1), 1, deadline_s=0.0))
+    assert (end.tokens, end.finish) == ((), FinishReason.DEADLINE)
+    assert stage.engine.heartbeat(0.0).running == 0
+
+
+def test_the_deadline_of_an_older_attempt_ends_nothing() -> None:
+    stage = Stage(step_s=0.1)
+    stage.join(1)
+    stage.rows(Assign(request(1, max_tokens=6), 1, deadline_s=0.15))
+    outputs = stage.run(Assign(request(1, max_tokens=6), 2, deadline_s=100.0))
+    assert len(outputs[1]) == 6

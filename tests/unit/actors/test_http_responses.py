@@ -166,6 +166,14 @@ async def test_how_tokens_come_does_not_change_the_events(silent: Harness) -> No
     assert streams[0] == streams[1]
 
 
+async def test_a_response_whose_deadline_passes_is_incomplete_and_says_so(silent: Harness) -> None:
+    response, request = await begin(silent, *silent.tokens("some words"))
+    silent.gateway.deliver(request, finish=FinishReason.DEADLINE)
+    last = (await events_of(response))[-1]
+    assert last["type"] == "response.incomplete"
+    assert last["response"]["incomplete_details"] == {"reason": "deadline"}
+
+
 async def test_a_response_in_background_is_told_as_far_as_it_is(silent: Harness) -> None:
     answer = await silent.answer(RESPONSES, {**BODY, "background": True})
     name = answer["id"]

@@ -35,7 +35,8 @@ from understudy.protocol.request import (
     extend_prefix_hash,
 )
 from understudy.runtime.control.admission import AdmissionLimits
-from understudy.runtime.control.dispatcher import DELIVER_ROWS_MAX, STALL_MAX_S
+from understudy.runtime.control.audience import DELIVER_ROWS_MAX
+from understudy.runtime.control.deadlines import STALL_MAX_S
 from understudy.runtime.kit.actor import Send
 
 # The life of a request

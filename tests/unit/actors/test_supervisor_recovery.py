@@ -42,7 +42,7 @@ from understudy.protocol.request import (
     FinishReason,
     TokenRow,
 )
-from understudy.runtime.control.dispatcher import STALL_MAX_S
+from understudy.runtime.control.deadlines import STALL_MAX_S
 from understudy.runtime.kit.actor import CloseSession, Send
 
 Die: TypeAlias = Callable[[Stage, str], None]

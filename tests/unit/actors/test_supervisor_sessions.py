@@ -50,9 +50,9 @@ from understudy.protocol.messages import (
 from understudy.protocol.request import (
     FinishReason,
 )
+from understudy.runtime.control.audience import UNCLAIMED_MAX_S
 from understudy.runtime.control.canary import CANARY_WITHIN_S
 from understudy.runtime.control.company import GATEWAY_SILENT_S
-from understudy.runtime.control.dispatcher import UNCLAIMED_MAX_S
 from understudy.runtime.control.health import SUSPECT_AFTER_S
 from understudy.runtime.kit.actor import OpenSession, Send
 

@@ -41,6 +41,8 @@ from understudy.protocol.messages import (
     Submit,
     TimelineRequest,
     Timelines,
+    UsageReply,
+    UsageRequest,
     Welcome,
 )
 from understudy.protocol.request import (
@@ -52,6 +54,7 @@ from understudy.protocol.request import (
 )
 from understudy.protocol.status import EngineStatus, GatewayStatus
 from understudy.protocol.timeline import RequestTimeline, TimelineEvent
+from understudy.protocol.usage import DayUsage
 
 PARAMS = SamplingParams(
     seed=2**64 - 1,
@@ -81,6 +84,8 @@ REQUEST = Request(
     idempotency_key=b"\x03",
     body_digest=b"\x04",
     cache_salt="salt",
+    deadline_s=2.5,
+    first_token_s=0.5,
 )
 ROWS = (
     TokenRow(11, 1, 0, (5, 6), 0xDEADBEEF, 0, (), 3),
@@ -116,7 +121,7 @@ EXAMPLES: tuple[Message, ...] = (
     Accepted(11),
     Rejected(11, "overloaded", "full", 1.5),
     Deliver(ROWS, "engine-0"),
-    Failed(11, "internal_error", "lost"),
+    Failed(11, "internal_error", "lost", 1.5),
     Cancel(11),
     Attach(11, 5),
     Reclaim((HeldRequest(11, 5), HeldRequest(12, 0))),
@@ -126,13 +131,15 @@ EXAMPLES: tuple[Message, ...] = (
     EndGroup(2**62, "key-1", True),
     TimelineRequest("key-1", 2**62, 16),
     Timelines("key-1", 2**62, 16, (TIMELINE,)),
-    Assign(REQUEST, 2, (5, 6), True),
+    Assign(REQUEST, 2, (5, 6), True, 1.25),
     Inventory(ROWS, True),
     StepOutput(10, ROWS),
     Refused(11, 2, "internal_error", "no"),
     ResetPrefixCache(),
+    UsageRequest("acme"),
+    UsageReply("acme", (DayUsage(20_000, 1, 2, 3, 4, 0.5), DayUsage(20_001, 5, 6, 7, 8, 1.5))),
     StatusRequest(),
-    StatusReply("demo", 60.5, (ENGINE,), (GATEWAY,), 1, 2, 3, 4, 5, 6, 7, 8, 9, "full"),
+    StatusReply("demo", 60.5, (ENGINE,), (GATEWAY,), 1, 2, 3, 4, 5, 6, 7, 8, 9, "full", 10),
     DrainRequest("engine-0", DrainMode.MIGRATE),
     DrainReply("engine-0", True, 3),
     ReleaseRequest(b"\x05"),

@@ -43,6 +43,8 @@ TAGS = {
     "StepOutput": 33,
     "Refused": 34,
     "ResetPrefixCache": 36,
+    "UsageRequest": 45,
+    "UsageReply": 46,
     "Inventory": 35,
     "EndGroup": 40,
     "TimelineRequest": 41,

@@ -55,5 +55,6 @@ def test_every_reason_to_finish_is_truthy() -> None:
         ("LENGTH", 2),
         ("CANCELLED", 3),
         ("ERROR", 4),
+        ("DEADLINE", 5),
         ("REFUSED", 6),
     ]

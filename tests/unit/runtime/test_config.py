@@ -13,6 +13,7 @@ from understudy.runtime.config import (
     SupervisorConfig,
     arguments_of,
     engine_config,
+    environment_of,
     gateway_config,
     launcher_config,
     settings_of,
@@ -56,6 +57,7 @@ def test_arguments_give_the_same_configuration_again() -> None:
         port="0",
         shutdown_timeout="7",
         queue_max="5",
+        key_file="/keys.json",
     )
     launcher = launcher_config(settings, cores=4)
     for config in (launcher.supervisor, launcher.engines[0], launcher.gateways[0]):
@@ -67,6 +69,18 @@ def test_arguments_give_the_same_configuration_again() -> None:
             engine_config(again, name=name),
             gateway_config(again, name=name),
         }
+
+
+def test_a_secret_goes_by_the_environment_and_is_never_shown() -> None:
+    config = launcher_config(settle(api_key="sk-secret"), cores=1).gateways[0]
+    assert not any("secret" in argument for argument in arguments_of(config))
+    assert "secret" not in repr(config)
+    environment = environment_of(config)
+    assert environment == {"UNDERSTUDY_API_KEY": "sk-secret"}
+    flags = flags_in(arguments_of(config))
+    name = flags.pop("name")
+    again = resolve(flags=flags, environ=environment, defaults=DEFAULTS)
+    assert gateway_config(again, name=name) == config
 
 
 def test_a_configuration_does_not_change_after_start() -> None:
@@ -86,6 +100,7 @@ def test_each_consumer_takes_only_its_own_settings() -> None:
         "run_dir",
         "state_dir",
         "journal_sync",
+        "key_file",
         "queue_max",
     ]
     assert "port" not in settings_of(EngineConfig)
