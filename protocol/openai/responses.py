@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -18,6 +19,7 @@ from understudy.protocol.openai.chat import (
 from understudy.protocol.openai.renaming import params_named
 from understudy.protocol.openai.response_items import InputItem, messages_of
 from understudy.protocol.openai.sampling import GenerationFields, ModelTraits
+from understudy.protocol.openai.structured_output import JsonSchemaFormat, ResponseFormat
 from understudy.protocol.openai.tools import (
     FunctionName,
     FunctionTool,
@@ -26,11 +28,11 @@ from understudy.protocol.openai.tools import (
     ToolChoice,
 )
 
-_TEXT: Final[dict[str, Any]] = {"format": {"type": "text"}}
 _NAMES: Final = {
     "max_tokens": "max_output_tokens",
     "messages": "input",
     "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
 }
 
 
@@ -49,6 +51,33 @@ class ResponseToolChoice(msgspec.Struct, frozen=True):
 
     name: str
     type: Literal["function"] = "function"
+
+
+class TextFormat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the text must be, in this API's flat form."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def response_format(self) -> ResponseFormat:
+        """The same in the form of chats."""
+        schema = None
+        if self.type == "json_schema":
+            schema = JsonSchemaFormat(self.schema, self.name, self.description, self.strict)
+        return ResponseFormat(self.type, schema)
+
+
+class TextOptions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the text is to be."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+_PLAIN: Final = TextOptions(TextFormat("text"))
 
 
 class Reasoning(msgspec.Struct, frozen=True):
@@ -71,7 +100,7 @@ class ResponseFields(GenerationFields, kw_only=True, frozen=True):
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    text: dict[str, Any] | None = None
+    text: TextOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
     top_logprobs: int | None = None
     include: list[str] | None = None
@@ -111,9 +140,6 @@ def parse_response(raw: bytes) -> tuple[ResponseFields, tuple[str, ...]]:
             raise InvalidRequest(f"{name} is not supported by this server", param=name)
     if fields.n not in {None, 1}:
         raise InvalidRequest("a response is one answer", param="n")
-    form = (fields.text or _TEXT).get("format", _TEXT["format"])
-    if form != _TEXT["format"]:
-        raise InvalidRequest("only text is supported by this server", param="text.format")
     if fields.truncation == "auto":
         raise InvalidRequest("conversations are not truncated", param="truncation")
     is_stored = fields.store is not False
@@ -147,8 +173,10 @@ def check_response(
         for name in GenerationFields.__struct_fields__
         if name not in {"max_tokens", "stream_options"}
     }
+    form = None if fields.text is None else fields.text.format
     chat_fields = ChatFields(
         **shared,
+        response_format=None if form is None else form.response_format(),
         messages=messages,
         max_tokens=fields.max_output_tokens,
         tools=_tools(fields.tools),
@@ -160,6 +188,12 @@ def check_response(
     is_stored = fields.store is not False
     with params_named(_NAMES):
         chat = check_chat(chat_fields, model, ignored=ignored)
+    grammar = chat.generation.grammar
+    if grammar is not None:
+        named = dataclasses.replace(
+            chat.generation, grammar=grammar._replace(param=_NAMES["response_format"])
+        )
+        chat = dataclasses.replace(chat, generation=named)
     return ParsedResponse(
         chat,
         KeptResponse(
@@ -183,7 +217,7 @@ def _repeated(fields: ResponseFields) -> dict[str, Any]:
         "reasoning": {"effort": reasoning.effort, "summary": None},
         "store": fields.store is not False,
         "temperature": fields.temperature,
-        "text": _TEXT,
+        "text": msgspec.to_builtins(fields.text or _PLAIN),
         "tool_choice": fields.tool_choice or "auto",
         "tools": [
             {

@@ -166,6 +166,16 @@ async def test_how_tokens_come_does_not_change_the_events(silent: Harness) -> No
     assert streams[0] == streams[1]
 
 
+async def test_a_response_may_have_to_be_json(silent: Harness) -> None:
+    form = {"type": "json_schema", "name": "city", "schema": {"type": "object"}, "strict": True}
+    response, request = await begin(silent, *silent.tokens("{}"), text={"format": form})
+    assert request.params.grammar
+    silent.gateway.deliver(request, finish=FinishReason.STOP)
+    last = (await events_of(response))[-1]
+    assert last["response"]["status"] == "completed"
+    assert last["response"]["text"] == {"format": form}
+
+
 async def test_a_response_whose_deadline_passes_is_incomplete_and_says_so(silent: Harness) -> None:
     response, request = await begin(silent, *silent.tokens("some words"))
     silent.gateway.deliver(request, finish=FinishReason.DEADLINE)
@@ -292,7 +302,12 @@ async def test_a_response_is_no_stream_of_another_kind(talking: Harness) -> None
         ({"n": 2}, "n"),
         ({"background": True, "store": False}, "background"),
         ({"truncation": "auto"}, "truncation"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": 1}}}},
+            "text.format",
+        ),
         ({"conversation": "conv_1"}, "conversation"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"max_output_tokens": -1}, "max_output_tokens"),
