@@ -184,7 +184,7 @@ class Transformer:
     def _native_layers(self) -> NativeLayers | None:
         """All layers in one call, where all they need is there."""
         library = native_library(self.device, self.dtype)
-        if library is None or not NativeAttention.takes(self.config):
+        if library is None or not isinstance(self.attention, NativeAttention):
             return None
         layers = self._weights.layers
         if not NativeLayers.takes(layers):

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
+from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.quantization_config import KVCacheDtype, Quantization
@@ -37,6 +38,7 @@ FORMS: Final[tuple[tuple[Quantization, KVCacheDtype], ...]] = (
     ("int8", "int8"),
 )
 """Of weights, and of keys and values."""
+_NAMES: Final = {"none": "float32", "auto": "float32"}
 WINDOW_TOKENS: Final = 1024
 BLOCK_TOKENS: Final = 16
 
@@ -85,22 +87,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("weights  cache    nats/token  bits/byte  likeliest token is the same")
     reference: Tensor | None = None
     for form, kv_form in FORMS:
-        model = load_model(
-            chosen.model,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            numerics="fast",
-            quantization=form,
-            kv_cache_dtype=kv_form,
-        )
+        named = f"{_NAMES.get(form, form):<7}  {_NAMES.get(kv_form, kv_form):<7}"
+        try:
+            model = load_model(
+                chosen.model,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+                numerics="fast",
+                quantization=form,
+                kv_cache_dtype=kv_form,
+            )
+        except ConfigurationError as error:
+            print(f"{named}  {error}")
+            continue
         quality = measure(model, tokenizer, texts)
         reference = quality.likeliest if reference is None else reference
         same = (quality.likeliest == reference).double().mean().item()
-        name = "float32" if form == "none" else form
-        kept = "float32" if kv_form == "auto" else kv_form
         print(
-            f"{name:<7}  {kept:<7}  {quality.nats_per_token:10.4f}"
-            f"  {quality.bits_per_byte:9.4f}  {same:27.2%}"
+            f"{named}  {quality.nats_per_token:10.4f}  {quality.bits_per_byte:9.4f}  {same:27.2%}"
         )
 
 

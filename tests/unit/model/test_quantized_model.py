@@ -99,8 +99,9 @@ def test_the_class_of_numerics_names_the_quantisation() -> None:
 
 
 def test_quantised_weights_need_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of 3.8 million parameters: 19 MB in float32 with the tied output embedding, 8 MB in int8.
-    monkeypatch.setattr(loader, "available_memory", lambda: 12_000_000)
+    # Of 3.8 million parameters, with the tied output embedding: 19 MB in float32, 10 MB where
+    # kernels read them as they are stored, in bfloat16; and 8 or 6 MB in int8.
+    monkeypatch.setattr(loader, "available_memory", lambda: 8_800_000)
     with pytest.raises(ConfigurationError, match="out of memory"):
         load_model(demo_model_directory(), dtype=torch.float32, device=CPU)
     load_model(demo_model_directory(), dtype=torch.float32, device=CPU, quantization="int8")
