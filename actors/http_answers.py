@@ -168,6 +168,14 @@ class Call:
         return sum(len(request.prompt) for request in self.requests[:: self.first.n])
 
 
+class _Opened(NamedTuple):
+    """A call for as long as it is answered."""
+
+    requests: OpenRequests
+    call: Call
+    """With what is left until its deadlines after the wait for an engine."""
+
+
 class Answers:
     """Answers calls, and knows which are open.
 
@@ -221,8 +229,8 @@ class Answers:
             RequestError: before anything of the answer was sent.
         """
         if call.first.stream:
-            async with self._opened(call) as open_requests:
-                return await self._stream(http_request, call, open_requests)
+            async with self._opened(call) as (open_requests, opened):
+                return await self._stream(http_request, opened, open_requests)
         answers = await self.collect(call)
         body = call.endpoint.respond(
             call.heading,
@@ -238,19 +246,19 @@ class Answers:
         Raises:
             RequestError: one of them could not go on.
         """
-        async with self._opened(call) as open_requests:
+        async with self._opened(call) as (open_requests, opened):
             collected = CollectedAnswer(open_requests)
-            outputs = self._outputs(call)
+            outputs = self._outputs(opened)
             sinks = [
                 collected.add(output, echo)
-                for output, echo in zip(outputs, call.echoes, strict=True)
+                for output, echo in zip(outputs, opened.echoes, strict=True)
             ]
-            self._begin(open_requests, call, outputs, sinks)
+            self._begin(open_requests, opened, outputs, sinks)
             return await collected.wait()
 
     @asynccontextmanager
-    async def _opened(self, call: Call) -> AsyncIterator[OpenRequests]:
-        """The requests of a call, which do not outlive it here."""
+    async def _opened(self, call: Call) -> AsyncIterator[_Opened]:
+        """The requests of a call, which do not outlive it here; what has passed is taken off."""
         if self._is_stopping:
             raise Unavailable(STOPPING)
         if call.positions is None and any(one.params.max_tokens for one in call.requests):
@@ -262,7 +270,7 @@ class Answers:
         open_requests = OpenRequests(self._port, self._wake)
         self._calls[open_requests] = call
         try:
-            yield open_requests
+            yield _Opened(open_requests, call)
         finally:
             self._over(open_requests, call)
 
@@ -276,11 +284,11 @@ class Answers:
         Raises:
             RequestError: it was refused.
         """
-        async with self._opened(call) as open_requests:
+        async with self._opened(call) as (open_requests, opened):
             collected = CollectedAnswer(open_requests)
-            outputs = self._outputs(call)
+            outputs = self._outputs(opened)
             sinks = [collected.add(output, "") for output in outputs]
-            self._begin(open_requests, call, outputs, sinks)
+            self._begin(open_requests, opened, outputs, sinks)
             await settled()
             collected.raise_error()
 

@@ -49,6 +49,8 @@ from understudy.runtime.served_model import ServedModel
 
 _ID: Final = re.compile(r"resp_([0-9a-f]{16})")
 _NUMBER: Final = re.compile(r"[0-9]{1,9}")
+_FAILURES: Final = frozenset({FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.REFUSED})
+"""Ends that may be told as an error."""
 _NO_RESPONSE: Final = "there is no such response (any more)"
 
 
@@ -180,7 +182,7 @@ class ResponseEndpoints:
         try:
             answer = await self._output(found)
         except RequestError as error:
-            if found.finishes[0] != FinishReason.ERROR:
+            if found.finishes[0] not in _FAILURES:
                 raise
             return failed_response(call.heading, error)
         if answer.finish_reason:

@@ -57,6 +57,8 @@ class Harness:
     session: aiohttp.ClientSession
     host: str
     port: int
+    clock: VirtualClock
+    """The core's; nobody moves it but the test."""
     responses: list[aiohttp.ClientResponse] = field(default_factory=list)
     """What is to be closed in the end."""
 
@@ -196,6 +198,7 @@ async def serving(
         reasoning_parser=reasoning_parser,
     )
     gateway = ScriptedGateway(script)
+    clock = VirtualClock()
     listener = listen("127.0.0.1", 0)
     host, port = listener.getsockname()
     runner = await serve_http(
@@ -203,7 +206,7 @@ async def serving(
         gateway.wake,
         served,
         listener=listener,
-        clock=VirtualClock(),
+        clock=clock,
         limits=limits or HttpLimits(shutdown_timeout_s=0.1),
         chance=random.Random(1),
         wall_clock=wall_clock,
@@ -212,7 +215,7 @@ async def serving(
     )
     try:
         async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
-            harness = Harness(gateway, served, runner, session, host, port)
+            harness = Harness(gateway, served, runner, session, host, port, clock)
             yield harness
             for response in harness.responses:
                 response.close()

@@ -108,6 +108,7 @@ class MessagesFields(msgspec.Struct, kw_only=True, frozen=True):
     tools: list[AnthropicTool] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
+    deadline_ms: int | None = None
 
 
 def parse_messages(
@@ -140,6 +141,7 @@ def parse_messages(
         tool_choice=_choice(choice),
         parallel_tool_calls=not choice.disable_parallel_tool_use if choice is not None else None,
         chat_template_kwargs=kwargs,
+        deadline_ms=fields.deadline_ms,
     )
     with params_named(_NAMES):
         return check_chat(chat_fields, model, ignored=ignored)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from understudy.protocol.errors import RequestError
+from understudy.protocol.errors import DeadlineExceeded, RequestError
 from understudy.protocol.openai.answer import Answer, Heading
 from understudy.protocol.openai.deltas import (
     ArgumentsDelta,
@@ -39,7 +39,8 @@ STATUSES: Final = {
     "cancelled": "cancelled",
 }
 """By what an answer ended with."""
-_WHY_INCOMPLETE: Final = {"length": "max_output_tokens", "deadline": "deadline"}
+_INCOMPLETE: Final = {"length": "max_output_tokens", "deadline": "deadline"}
+"""Why an answer was cut off, by what it ended with."""
 _LAST_EVENTS: Final = {
     "completed": "response.completed",
     "incomplete": "response.incomplete",
@@ -83,7 +84,6 @@ class ResponseEncoder:
         self._texts: list[str] = []
         self._num_calls = 0
         self._status = "queued" if self._kept.is_background else "in_progress"
-        self._why_incomplete: str | None = None
         self._told = Told(0, 0, 0)
 
     @property
@@ -113,7 +113,6 @@ class ResponseEncoder:
         if told.finish_reason is not None:
             self._end_item(is_last=True)
             self._status = STATUSES[told.finish_reason]
-            self._why_incomplete = _WHY_INCOMPLETE.get(told.finish_reason)
             self._event(_LAST_EVENTS[self._status], response=self.response())
         return self._take_events()
 
@@ -125,7 +124,7 @@ class ResponseEncoder:
 
     def response(self) -> dict[str, Any]:
         """The response's object, as far as it is."""
-        reason = None if self._why_incomplete is None else {"reason": self._why_incomplete}
+        reason = _INCOMPLETE.get(self._told.finish_reason or "")
         has_ended = self._status not in {"queued", "in_progress"}
         output = [dict(item) for item in self._output]
         if self._open_item() is not None:
@@ -136,7 +135,7 @@ class ResponseEncoder:
             "created_at": self._heading.created,
             "status": self._status,
             "error": None,
-            "incomplete_details": reason,
+            "incomplete_details": None if reason is None else {"reason": reason},
             "model": self._heading.model,
             "output": output,
             "usage": self._usage() if has_ended else None,
@@ -274,5 +273,7 @@ def response_object(
 def failed_response(heading: Heading, error: RequestError) -> dict[str, Any]:
     """The object of a response that could not go on."""
     response = ResponseEncoder(heading, request_id=0).response()
-    shown = {"code": "server_error", "message": error.message}
+    is_late = isinstance(error, DeadlineExceeded)
+    code = error.code if is_late else "server_error"
+    shown = {"code": code, "message": error.message}
     return {**response, "status": "failed", "error": shown}

@@ -155,7 +155,8 @@ class Size(NamedTuple):
 def size_of(request: Request) -> Size:
     """How much of the queue a request takes."""
     num_tokens = len(request.prompt)
-    return Size(num_tokens, 8 * num_tokens + len(request.presentation) + _REQUEST_BYTES)
+    texts = len(request.presentation) + len(request.params.grammar)
+    return Size(num_tokens, 8 * num_tokens + texts + _REQUEST_BYTES)
 
 
 _REQUEST_BYTES = 1024
