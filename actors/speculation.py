@@ -13,13 +13,14 @@ from understudy.runtime.grammars import Grammars
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
-from understudy.runtime.model.cost_cache import machine_name, remembered_costs
+from understudy.runtime.model.cost_cache import remembered_costs
 from understudy.runtime.model.drafter import ModelDrafter
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.model_digest import model_digest
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.step_profile import profile_drafts, profile_steps
 from understudy.runtime.model.transformer import Transformer
+from understudy.runtime.processor import processor_name
 from understudy.runtime.scheduling.speculation import (
     Costs,
     CostTable,
@@ -54,7 +55,7 @@ def load_speculator(
     chosen = parse_speculative_config(config.speculative_config)
     drafter: Drafter = NgramDrafter()
     measured: list[Callable[[], tuple[CostTable, ...]]] = [lambda: (profile_steps(runner, clock),)]
-    name = [numerics, machine_name(), str(config.block_size)]
+    name = [numerics, processor_name(), str(config.block_size)]
     if chosen.model is not None:
         _check_same_tokens(config.model, chosen.model)
         draft_runner = _draft_runner(config, chosen.model, model, runner, grammars)

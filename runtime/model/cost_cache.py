@@ -37,16 +37,6 @@ def remembered_costs(name: str, measure: Callable[[], tuple[CostTable, ...]]) ->
     return tables
 
 
-def machine_name() -> str:
-    """What the processor is called; empty if nobody knows."""
-    try:
-        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    lines = (line for line in described.splitlines() if line.startswith("model name"))
-    return next(lines, "").partition(":")[2].strip()
-
-
 def _read(path: Path) -> list[CostTable] | None:
     """The tables of a file; None if it holds anything else."""
     try:

@@ -39,6 +39,7 @@ from understudy.runtime.model.quantized_checkpoint import (
     stored_parts,
 )
 from understudy.runtime.model.transformer import LayerWeights, ModelWeights, Transformer
+from understudy.runtime.processor import processor_features
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of weights read so far and their total."""
@@ -127,9 +128,8 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2]
-    features = flags.partition("\n")[0].split()
-    return torch.bfloat16 if {"amx_bf16", "avx512_bf16"} & set(features) else torch.float32
+    has_products = {"amx_bf16", "avx512_bf16"} & processor_features()
+    return torch.bfloat16 if has_products else torch.float32
 
 
 class _Meter:

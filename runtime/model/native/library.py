@@ -27,6 +27,7 @@ import torch
 from understudy.runtime.cache import cache_directory, is_ours
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.native.structures import FLOAT, LONG, POINTER
+from understudy.runtime.processor import processor_features
 
 _SOURCES: Final = (
     *("memory.cpp", "products.cpp", "packing.cpp", "layer.cpp"),
@@ -88,7 +89,7 @@ def native_library(device: torch.device, dtype: torch.dtype) -> Library | None:
 @cache
 def _library() -> Library | None:
     """The kernels, compiled if they were not; None where they cannot be had, and why is logged."""
-    missing = _FEATURES - _processor_features()
+    missing = _FEATURES - processor_features()
     if missing:
         get_logger().info("native kernels: this processor lacks " + ", ".join(sorted(missing)))
         return None
@@ -100,26 +101,17 @@ def _library() -> Library | None:
         )
         return None
     try:
-        path = _compiled(compiler)
+        functions = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         get_logger().warning(f"native kernels: cannot be compiled, torch computes: {reason}")
         return None
-    functions = ctypes.CDLL(str(path))
     for name, arguments in _SIGNATURES.items():
         function = getattr(functions, name)
         function.argtypes = arguments
         function.restype = None
     functions.keep_memory()
     return Library(functions, _digest(_sources(), _FLAGS)[:8])
-
-
-def _processor_features() -> frozenset[str]:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2]
-    except OSError:
-        return frozenset()
-    return frozenset(flags.partition("\n")[0].split())
 
 
 def _compiler() -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from understudy.runtime.processor import field
 from understudy.tools.bench import compare
 from understudy.tools.bench.columns import (
     COLUMNS,
@@ -24,7 +25,7 @@ from understudy.tools.bench.columns import (
     rate,
 )
 from understudy.tools.bench.comparison import Round, as_object, is_ours, medians, ratios, render
-from understudy.tools.bench.machine import field, machine
+from understudy.tools.bench.machine import machine
 from understudy.tools.bench.peers.processes import Dialect, Running, completion_body, convert
 from understudy.tools.bench.peers.write_gguf import gguf_name
 from understudy.tools.bench.plot import Panel, bar_chart

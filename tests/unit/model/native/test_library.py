@@ -102,9 +102,18 @@ def test_a_compiler_that_fails_is_quoted_and_torch_computes(
     assert "cannot do that" in capsys.readouterr().out
 
 
+@needs_native
+def test_a_library_that_cannot_be_loaded_is_none(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(library, "_compile", lambda _, path: path.write_bytes(b"no library"))
+    assert native_library(CPU, torch.float32) is None
+    assert str(cache) in capsys.readouterr().out
+
+
 def test_an_older_processor_computes_with_torch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(library, "_processor_features", lambda: frozenset({"fma"}))
+    monkeypatch.setattr(library, "processor_features", lambda: frozenset({"fma"}))
     assert native_library(CPU, torch.float32) is None
     assert "lacks avx512_vnni" in capsys.readouterr().out
