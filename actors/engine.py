@@ -28,7 +28,7 @@ from understudy.protocol.messages import (
     Role,
     StepOutput,
 )
-from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow
+from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow, portions
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.membership import Membership, MembershipChange
@@ -69,13 +69,14 @@ class StepCard(Protocol):
 class _Output:
     """What this engine added to one request, in the form in which an inventory tells it."""
 
-    __slots__ = ("finish", "logprobs", "position", "sequence")
+    __slots__ = ("finish", "logprobs", "position", "sequence", "vector")
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.position = sequence.num_output_tokens
         self.logprobs: list[TokenLogprobs] = []
         self.finish = 0
+        self.vector = b""
 
     def row(self) -> TokenRow:
         """All of it."""
@@ -89,11 +90,12 @@ class _Output:
             self.finish,
             tuple(self.logprobs),
             self._num_cached_tokens(),
+            vector=self.vector,
         )
 
     def _num_cached_tokens(self) -> int:
         """Known with the first token: before it, another engine may yet make that one."""
-        has_first = self.position == 0 and self.sequence.num_output_tokens > 0
+        has_first = self.position == 0 and (self.sequence.num_output_tokens or self.vector)
         return (self.sequence.num_cached_tokens or 0) if has_first else 0
 
 
@@ -242,12 +244,14 @@ class Engine:
             if row.finish:
                 del self._outputs[row.request_id]
                 output.finish = row.finish
+                output.vector = row.vector
                 self._ended[row.request_id] = _Ended(output, self._clock.now())
         # Without a session nobody hears of an end, however long ago it was.
         is_open = self._membership.is_open
         self._forget_ended(self._clock.now() - ENDED_KEPT_S if is_open else -math.inf)
-        if rows and self._membership.is_open:
-            self.outbox.send(SUPERVISOR, StepOutput(self._step, tuple(rows)))
+        if self._membership.is_open:
+            for some in portions(rows, rows_max=len(rows)):
+                self.outbox.send(SUPERVISOR, StepOutput(self._step, some))
 
     def _forget_ended(self, heard_until: float) -> None:
         """Forget ends that everybody has heard of, and the oldest of too many."""
@@ -302,11 +306,12 @@ class Engine:
         ended = [ended.output for ended in self._ended.values()]
         for output in (*ended, *self._outputs.values()):
             row = output.row()
-            if rows and size + len(row.tokens) > INVENTORY_TOKENS:
+            row_size = len(row.tokens) + len(row.vector) // 4
+            if rows and size + row_size > INVENTORY_TOKENS:
                 self.outbox.send(SUPERVISOR, Inventory(tuple(rows), is_last=False))
                 rows, size = [], 0
             rows.append(row)
-            size += len(row.tokens)
+            size += row_size
         self.outbox.send(SUPERVISOR, Inventory(tuple(rows), is_last=True))
 
     def _drop_all(self) -> None:
@@ -330,6 +335,7 @@ def engine_hello(
     numerics: str,
     scheduler_config: SchedulerConfig,
     num_blocks: int,
+    pools_only: bool = False,
 ) -> Hello:
     """How an engine introduces itself."""
     capacity = Capacity(
@@ -337,6 +343,7 @@ def engine_hello(
         max_model_len=scheduler_config.max_model_len,
         num_blocks=num_blocks,
         block_size=scheduler_config.block_size,
+        pools_only=pools_only,
     )
     return Hello(
         Role.ENGINE,

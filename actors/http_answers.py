@@ -238,7 +238,7 @@ class Answers:
             num_prompt_tokens=call.num_prompt_tokens,
             num_cached_tokens=_num_cached_tokens(answers, call),
         )
-        return json_response(body, headers=_ignored_header(call.ignored))
+        return json_response(body, headers=ignored_header(call.ignored))
 
     async def collect(self, call: Call) -> list[Answer]:
         """Submit or join a call's requests, and wait for their ends.
@@ -263,7 +263,7 @@ class Answers:
             raise Unavailable(STOPPING)
         if call.positions is None and any(one.params.max_tokens for one in call.requests):
             called_at = self._clock.now()
-            await self._until_serving()
+            await self.until_serving()
             passed_s = self._clock.now() - called_at
             requests = [hastened(request, passed_s) for request in call.requests]
             call = dataclasses.replace(call, requests=requests)
@@ -314,8 +314,12 @@ class Answers:
         if not self._calls:
             self._all_over.set()
 
-    async def _until_serving(self) -> None:
-        """Wait for an engine for as long as one may be back in a moment."""
+    async def until_serving(self) -> None:
+        """Wait for an engine for as long as one may be back in a moment.
+
+        Raises:
+            Unavailable: none is.
+        """
         if self._port.cluster.engines_serving:
             return
         is_serving: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -340,7 +344,7 @@ class Answers:
         stream = EventStream(
             http_request,
             open_requests,
-            headers={STREAM_ID_HEADER: heading.answer_id, **_ignored_header(call.ignored)},
+            headers={STREAM_ID_HEADER: heading.answer_id, **ignored_header(call.ignored)},
             keep_alive_s=self._limits.keep_alive_s,
             write_timeout_s=self._limits.write_timeout_s,
             shape_error=delta_encoders[0].error if delta_encoders else error_event,
@@ -428,7 +432,8 @@ def json_response(
     )
 
 
-def _ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
+def ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
+    """The header that names ignored fields, if there are any."""
     return {"X-Ignored-Fields": ", ".join(ignored)} if ignored else {}
 
 

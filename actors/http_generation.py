@@ -147,6 +147,7 @@ class GenerationEndpoints:
             InvalidRequest: and its kinds; ``param`` names the field.
         """
         model = self.model()
+        model.check_generates()
         prompt = await self.chat_prompt(body, model, size=size)
         generation = _with_calls(body, model, begins_in_reasoning=prompt.begins_in_reasoning)
         generation = await self._with_grammar(generation)
@@ -182,6 +183,7 @@ class GenerationEndpoints:
             InvalidRequest: and its kinds; ``param`` names the field.
         """
         model = self.model()
+        model.check_generates()
         generation = await self._with_grammar(body.generation)
         requests: list[Request] = []
         echoes: list[str | None] = []
@@ -260,7 +262,7 @@ class GenerationEndpoints:
             )
             return text, self._encode(text, model, add_special_tokens=False)
 
-        text, prompt = await self._run(render_and_encode, size=size)
+        text, prompt = await self.run(render_and_encode, size=size)
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="messages")
         begins_in_reasoning = False
@@ -299,7 +301,7 @@ class GenerationEndpoints:
         def encode() -> list[int]:
             return self._encode(text, model, add_special_tokens=add_special_tokens)
 
-        return await self._run(encode, size=size)
+        return await self.run(encode, size=size)
 
     def _encode(self, text: str, model: ModelTraits, *, add_special_tokens: bool) -> list[int]:
         fewest = self._served.tokenizer.fewest_tokens(text)
@@ -317,7 +319,7 @@ class GenerationEndpoints:
             raise InvalidRequest("the prompt has a token that the model lacks", param="prompt")
         return tuple(prompt)
 
-    async def _run(self, work: Callable[[], T], *, size: int) -> T:
+    async def run(self, work: Callable[[], T], *, size: int) -> T:
         """Do ``work`` for a body of ``size`` bytes, here or where it holds nobody up."""
         if size <= INLINE_BYTES_MAX:
             return work()

@@ -35,7 +35,7 @@ from understudy.runtime.kit.clock import Clock
 
 LATEST_MAX: Final = 128
 """Requests that are told of without being named."""
-_ID: Final = re.compile(r"(?:chatcmpl-|cmpl-|resp_|msg_)?([0-9a-f]{16})")
+_ID: Final = re.compile(r"(?:chatcmpl-|cmpl-|resp_|msg_|embd-|score-|rerank-)?([0-9a-f]{16})")
 
 
 class NativeEndpoints:

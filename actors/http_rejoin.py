@@ -205,11 +205,13 @@ def _is_beyond(positions: Sequence[int], found: FoundCall | None) -> bool:
 
 
 def _found_call(found: Found, tokenizer: Tokenizer) -> FoundCall | None:
-    """What was found, as a call; ``None`` if some of its choices are forgotten already.
+    """What was found, as a call; ``None`` if it is none, or parts of it are forgotten already.
 
     Raises:
         InternalError: its presentations do not fit together.
     """
+    if not all(request.presentation for request in found.requests):
+        return None  # it makes vectors, which are answered in one piece
     finishes = found.finishes or (0,) * len(found.requests)
     if not len(found.lengths) == len(finishes) == len(found.requests):
         raise InternalError("the supervisor is of another version")

@@ -12,6 +12,7 @@ from understudy.actors.http_answers import json_response
 from understudy.actors.http_generation import GenerationEndpoints
 from understudy.actors.http_messages import MessageEndpoints
 from understudy.actors.http_native import NativeEndpoints
+from understudy.actors.http_pooling import PoolingEndpoints
 from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.actors.http_responses import ResponseEndpoints
 from understudy.actors.http_status import StatusEndpoints
@@ -22,6 +23,7 @@ from understudy.protocol.openai.chat import ChatFields
 from understudy.protocol.openai.completions import CompletionFields
 from understudy.protocol.openai.generate import BatchFields, GenerateFields
 from understudy.protocol.openai.openapi import Operation, openapi_document
+from understudy.protocol.openai.pooling import EmbeddingFields, RerankFields, ScoreFields
 from understudy.protocol.openai.responses import ResponseFields
 from understudy.protocol.openai.tokenization import DetokenizeFields, TokenizeFields
 
@@ -36,6 +38,7 @@ class Endpoints(NamedTuple):
     messages: MessageEndpoints
     tokenization: TokenizationEndpoints
     native: NativeEndpoints
+    pooling: PoolingEndpoints
     streams: StreamEndpoints
     status: StatusEndpoints
     usage: UsageEndpoint
@@ -50,7 +53,12 @@ class Route(NamedTuple):
 
 def routes(endpoints: Endpoints, *, version: str) -> list[Route]:
     """All routes; the last one serves the document about them."""
-    table = [*_generating(endpoints), *_keeping(endpoints), *_telling(endpoints)]
+    table = [
+        *_generating(endpoints),
+        *_pooling(endpoints.pooling),
+        *_keeping(endpoints),
+        *_telling(endpoints),
+    ]
     own = Operation("GET", OPENAPI_PATH, "this document")
     document = openapi_document([*(route.operation for route in table), own], version=version)
 
@@ -124,6 +132,31 @@ def _generating(endpoints: Endpoints) -> list[Route]:
         Route(
             Operation("POST", "/v1/batch", "generate many at once", BatchFields, ("requests",)),
             native.batch,
+        ),
+    ]
+
+
+def _pooling(pooling: PoolingEndpoints) -> list[Route]:
+    return [
+        Route(
+            Operation(
+                "POST", "/v1/embeddings", "turn texts into vectors", EmbeddingFields, ("input",)
+            ),
+            pooling.embeddings,
+        ),
+        Route(
+            Operation("POST", "/v1/score", "how well texts fit each other", ScoreFields),
+            pooling.score,
+        ),
+        Route(
+            Operation(
+                "POST",
+                "/v1/rerank",
+                "order documents by how well they fit a query",
+                RerankFields,
+                ("query", "documents"),
+            ),
+            pooling.rerank,
         ),
     ]
 

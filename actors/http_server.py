@@ -29,6 +29,8 @@ from understudy.actors.http_guard import ConnectionGuards, GuardedSite
 from understudy.actors.http_messages import PATH as ANTHROPIC_PATH
 from understudy.actors.http_messages import MessageEndpoints
 from understudy.actors.http_native import NativeEndpoints
+from understudy.actors.http_pooled import PooledCalls
+from understudy.actors.http_pooling import PoolingEndpoints
 from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.actors.http_responses import ResponseEndpoints
 from understudy.actors.http_routes import Endpoints, add_routes, routes
@@ -107,6 +109,7 @@ async def serve_http(
         wall_clock=wall_clock,
         draw=chance.getrandbits,
     )
+    pooled = PooledCalls(port, wake, answers, limits=limits, clock=clock)
     guards = ConnectionGuards(limits, asyncio.get_running_loop().time)
     app = _application(
         limits,
@@ -121,6 +124,9 @@ async def serve_http(
         messages=MessageEndpoints(generation),
         tokenization=TokenizationEndpoints(served, generation),
         native=NativeEndpoints(port, wake, generation, answers, streams, clock=clock),
+        pooling=PoolingEndpoints(
+            served, generation, pooled, wall_clock=wall_clock, draw=chance.getrandbits
+        ),
         streams=streams,
         status=status,
         usage=UsageEndpoint(port, wake, wall_clock=wall_clock),
@@ -128,7 +134,7 @@ async def serve_http(
     add_routes(app.router, routes(endpoints, version=status.server_version))
 
     async def stop(_: web.Application) -> None:
-        await answers.stop()
+        await asyncio.gather(answers.stop(), pooled.stop())
         generation.close()
         guards.stop()
 

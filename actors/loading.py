@@ -12,6 +12,7 @@ from understudy.runtime.grammars import Grammars, load_vocabulary
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.encoder_config import EncoderConfig, read_config
 from understudy.runtime.scheduling.decision import Runner
 from understudy.runtime.scheduling.speculation import Speculator
 
@@ -30,6 +31,8 @@ class Loaded(NamedTuple):
     numerics: str
     """The class of the numerics: runners of one class make the same bits."""
     speculator: Speculator | None = None
+    pools_only: bool = False
+    """It makes vectors and no tokens, and has no keys and values to share."""
 
 
 def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
@@ -38,7 +41,7 @@ def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
     Raises:
         ConfigurationError: the model directory is none, or does not fit the machine.
     """
-    model_config = ModelConfig.from_directory(config.model)
+    model_config = read_config(config.model)
     max_model_len = config.max_model_len or model_config.max_model_len
     if max_model_len > model_config.max_model_len:
         raise ConfigurationError(
@@ -47,22 +50,62 @@ def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
         )
     if config.engine == "echo":
         return _load_echo(config, model_config, max_model_len, clock)
+    if isinstance(model_config, EncoderConfig):
+        return _load_encoder(config, max_model_len)
     return _load_model(config, max_model_len, clock)
 
 
 def _load_echo(
-    config: EngineConfig, model_config: ModelConfig, max_model_len: int, clock: Clock
+    config: EngineConfig,
+    model_config: ModelConfig | EncoderConfig,
+    max_model_len: int,
+    clock: Clock,
 ) -> Loaded:
     rate = config.echo_tokens_per_s
     runner = EchoRunner(
         clock,
         vocab_size=model_config.vocab_size,
         reserved=model_config.eos_token_ids,
+        hidden_size=model_config.hidden_size,
         step_s=1 / rate if rate else 0.0,
     )
-    # The echo keeps no keys and values, so its pool is as large as its batch can ever use.
-    blocks_each = -(-max_model_len // config.block_size)
-    return Loaded(runner, max_model_len, config.max_num_seqs * blocks_each, "echo")
+    pools_only = isinstance(model_config, EncoderConfig)
+    return Loaded(
+        runner, max_model_len, _blocks_unused(config, max_model_len), "echo", pools_only=pools_only
+    )
+
+
+def _blocks_unused(config: EngineConfig, max_model_len: int) -> int:
+    """Blocks for who keeps no keys and values: as many as a batch can ever use."""
+    return config.max_num_seqs * -(-max_model_len // config.block_size)
+
+
+def _load_encoder(config: EngineConfig, max_model_len: int) -> Loaded:
+    import torch
+
+    from understudy.runtime.model.encoder import load_encoder
+    from understudy.runtime.model.encoder_runner import EncoderRunner
+    from understudy.runtime.model.exactness import numerics_class
+
+    if config.quantization != "none":
+        raise ConfigurationError(f"{config.model}: encoders are not quantised; leave it out")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = torch.device(_device(config, has_cuda=torch.cuda.is_available()))
+    # Their vectors are compared with those of others, so precision comes before speed.
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    encoder = load_encoder(config.model, dtype=dtype, device=device)
+    get_logger().info(
+        "encoder is loaded",
+        model=config.model.name,
+        architecture=encoder.config.architecture,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+    numerics = numerics_class(config.model, dtype=dtype, device=device, numerics="exact")
+    num_blocks = _blocks_unused(config, max_model_len)
+    return Loaded(EncoderRunner(encoder), max_model_len, num_blocks, numerics, pools_only=True)
 
 
 def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loaded:

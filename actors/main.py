@@ -238,12 +238,14 @@ def _make_engine(config: EngineConfig, identity: str, clock: MonotonicClock) -> 
         numerics=loaded.numerics,
         scheduler_config=scheduler_config,
         num_blocks=loaded.num_blocks,
+        pools_only=loaded.pools_only,
     )
     return Engine(
         hello,
         scheduler_config=scheduler_config,
         num_blocks=loaded.num_blocks,
-        enable_prefix_caching=config.enable_prefix_caching,
+        # What a token's state is depends on all that follows it where nothing is generated.
+        enable_prefix_caching=config.enable_prefix_caching and not loaded.pools_only,
         speculator=loaded.speculator,
         runner=loaded.runner,
         card=FileStepCard(card_path(config.run_dir, config.name), identity),

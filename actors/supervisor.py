@@ -293,7 +293,8 @@ class Supervisor:
     def _send_canary(self, engine: Member, now: float) -> None:
         for lost in self._call_off_canaries(engine):  # with the session in which it was sent
             self.outbox.send(engine.identity, Cancel(lost))
-        request = canary_request(next(self._canary_ids))
+        pools_only = engine.capacity is not None and engine.capacity.pools_only
+        request = canary_request(next(self._canary_ids), pools_only=pools_only)
         self._canaries[request.request_id] = Canary(engine, now + CANARY_WITHIN_S)
         self.outbox.send(engine.identity, Assign(request, 1))
 
@@ -315,11 +316,11 @@ class Supervisor:
             canary = self._canaries.get(row.request_id)
             if canary is None or canary.engine is not engine:
                 continue
-            canary.tokens.extend(row.tokens)
+            canary.take(row)
             if row.finish:
                 del self._canaries[row.request_id]
                 self._has_news = True
-                if not self._company.take_canary(engine, tuple(canary.tokens)):
+                if not self._company.take_canary(engine, tuple(canary.answer)):
                     self._settle(engine, Verdict.STUCK, now)
         return others
 
@@ -473,4 +474,5 @@ def _entry(held: HeldRequest) -> Entry:
         error_message=held.message,
         ended_at=held.ended_at,
         num_cached_tokens=held.num_cached_tokens,
+        vector=held.vector,
     )

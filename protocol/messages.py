@@ -1,8 +1,7 @@
 """Every message that crosses a process boundary, each a frozen dataclass with a small tag.
 
-A message is packed as its fields in order. Fields may only be appended, with a default, and never
-moved: an older peer ignores what it does not know, and a newer one fills in what it does not get.
-Tags are never used again.
+A message is packed as its fields in order. Fields are only ever appended, with a default: an older
+peer ignores what it does not know, a newer one fills in the rest. Tags are never used again.
 
 Who says what to whom::
 
@@ -18,9 +17,8 @@ Who says what to whom::
     supervisor ──ClusterState──▶ gateway
     command line ──StatusRequest──▶ supervisor ──StatusReply──▶ command line
 
-A *datagram* is sent once, outside the session's order, and may be lost: it is repeated by its
-sender or made up for by the next one. Everything else is delivered once and in order as long as
-the session lasts.
+A *datagram* is sent once, outside the session's order, and may be lost: its sender repeats it, or
+makes up for it. Everything else is delivered once and in order as long as the session lasts.
 """
 
 from __future__ import annotations
@@ -85,6 +83,8 @@ class Capacity(NamedTuple):
     max_model_len: int
     num_blocks: int
     block_size: int
+    pools_only: bool = False
+    """It turns prompts into vectors, and makes no tokens."""
 
 
 @message(1, datagram=True)
@@ -321,7 +321,7 @@ class StepOutput:
 class Inventory:
     """After a new session: what the engine holds, and all that it added to each request.
 
-    Nothing that is missing, once ``is_last`` came, is with this engine any more.
+    That is all once ``is_last`` came: what is missing is not with this engine any more.
     """
 
     rows: tuple[TokenRow, ...]

@@ -6,12 +6,16 @@ Holds no text: the gateway is the only place that knows what the tokens spell.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final, NamedTuple
 
 SEED_MASK: Final = (1 << 64) - 1
 """Seeds are 64-bit; a client's negative seed is taken modulo 2**64."""
+
+VECTOR_BYTES_MAX: Final = 4 << 20
+"""Of all vectors in one message, unless a single one has more."""
 
 _HASH_START: Final = 0x811C9DC5
 _HASH_PRIME: Final = 0x01000193
@@ -63,6 +67,29 @@ class SamplingParams:
     grammar, ``stop_token_ids`` holds the end-of-sequence ids and ``min_tokens`` is 0."""
 
 
+class PoolingKind(IntEnum):
+    """How the states of a prompt's tokens become one vector."""
+
+    LAST = 1
+    """The last token's."""
+    MEAN = 2
+    """The mean of all tokens'."""
+    CLS = 3
+    """The first token's, for models whose tokens see what comes after them."""
+    SCORE = 4
+    """What a classification head makes of the first token's."""
+
+
+class Pooling(NamedTuple):
+    """A request for a vector in the place of an answer: it ends without a token."""
+
+    kind: PoolingKind
+    dimensions: int = 0
+    """How many of the vector's first numbers are wanted; 0: all."""
+    second_at: int = 0
+    """Where the second of two texts begins in the prompt; 0: there is one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One generation. ``n > 1`` at the API is n requests with one ``group_id``.
@@ -93,11 +120,16 @@ class Request:
     """The answer has to be complete so many seconds after the request is handed in."""
     first_token_s: float | None = None
     """Its first token has to be there so many seconds after the request is handed in."""
+    pooling: Pooling | None = None
+    """How the prompt becomes a vector, if that is what is wanted. ``max_tokens`` is 1 then."""
 
 
 def fingerprint(request: Request) -> bytes:
     """A digest of what a request asks, and of who asks: equal for a retry, whatever its seed."""
+    asked: tuple[object, ...]
     asked = (request.tenant, request.prompt, replace(request.params, seed=0))
+    if request.pooling is not None:
+        asked = (*asked, tuple(request.pooling))
     return hashlib.sha256(repr(asked).encode()).digest()
 
 
@@ -143,6 +175,22 @@ class TokenRow(NamedTuple):
     token, and to whoever joins late; 0 in all other rows."""
     num_draft_tokens: int = 0
     """How many tokens were guessed in this step; all of ``tokens`` but the last came true."""
+    vector: bytes = b""
+    """What the prompt was pooled to, as float32, little-endian; then this row ends the request."""
+
+
+def portions(rows: Sequence[TokenRow], *, rows_max: int) -> Iterator[tuple[TokenRow, ...]]:
+    """Rows in order, in as many as fit a message: their vectors may be large."""
+    some: list[TokenRow] = []
+    num_bytes = 0
+    for row in rows:
+        num_bytes += len(row.vector)
+        if some and (len(some) >= rows_max or num_bytes > VECTOR_BYTES_MAX):
+            yield tuple(some)
+            some, num_bytes = [], len(row.vector)
+        some.append(row)
+    if some:
+        yield tuple(some)
 
 
 def extend_prefix_hash(prefix_hash: int, tokens: tuple[int, ...] | list[int]) -> int:

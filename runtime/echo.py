@@ -2,18 +2,20 @@
 
 It loads and tests everything around a model at rates that no model reaches on the machine at
 hand. Its tokens are a pure function of seed and position, as the model's sampler's are, so that
-everything that is promised about a request's text can be checked with it. Knows no torch.
+everything that is promised about a request's text can be checked with it. Prompts that are to be
+pooled become bags of their tokens. Knows no torch.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Collection
 from typing import Final
 
-from understudy.protocol.request import SEED_MASK, SamplingParams, TokenLogprobs
+from understudy.protocol.request import SEED_MASK, Pooling, SamplingParams, TokenLogprobs
 from understudy.runtime.kit.clock import Clock
-from understudy.runtime.scheduling.decision import Draws, SampledToken, StepPlan
+from understudy.runtime.scheduling.decision import Draw, Draws, Pooled, SampledToken, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
@@ -28,20 +30,25 @@ class EchoRunner:
         *,
         vocab_size: int,
         reserved: Collection[int] = (),
+        hidden_size: int = 8,
         step_s: float = 0.0,
     ) -> None:
         self._clock = clock
+        self._hidden_size = hidden_size
         self._tokens = [token for token in range(vocab_size) if token not in set(reserved)]
         self._logprob = -math.log(len(self._tokens))
         self._step_s = step_s
 
     def execute(self, plan: StepPlan) -> Draws:
         """Draw a token for each sequence that samples, and let the step's time pass."""
-        drawn = {
-            sequence.request_id: self._draw_along(sequence, draft)
-            for sequence, num_tokens, draft in plan.scheduled
-            if sequence.num_computed_tokens + num_tokens - len(draft) == sequence.num_tokens
-        }
+        drawn: dict[int, Draw] = {}
+        for sequence, num_tokens, draft in plan.scheduled:
+            if sequence.num_computed_tokens + num_tokens - len(draft) == sequence.num_tokens:
+                drawn[sequence.request_id] = (
+                    self._draw_along(sequence, draft)
+                    if sequence.pooling is None
+                    else self._pool(sequence, sequence.pooling)
+                )
         if self._step_s:
             # Steps end at whole multiples of step_s on the clock: the rate holds whatever the work
             # between two steps costs, and a client on the same machine can tell how long a token
@@ -50,6 +57,15 @@ class EchoRunner:
             steps = math.floor(now / self._step_s + 1e-3) + 1
             self._clock.sleep(steps * self._step_s - now)
         return drawn
+
+    def _pool(self, sequence: Sequence, pooling: Pooling) -> Pooled:
+        """A bag of tokens: how often each comes, token ids taken modulo the vector's size."""
+        counts = [0.0] * self._hidden_size
+        for token in sequence.token_ids:
+            counts[token % self._hidden_size] += 1.0
+        kept = counts[: pooling.dimensions or None]
+        length = math.hypot(*kept) or 1.0
+        return Pooled(struct.pack(f"<{len(kept)}f", *[count / length for count in kept]))
 
     def _draw_along(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[SampledToken, ...]:
         position = sequence.num_output_tokens

@@ -9,8 +9,11 @@ from typing import TypeVar
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.openai.sampling import ModelTraits
+from understudy.protocol.request import PoolingKind
 from understudy.runtime.chat_template import ChatTemplate
 from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.encoder_config import EncoderConfig, read_config
+from understudy.runtime.model.pooling_config import pooling_of
 from understudy.runtime.parsers.output_parser import marks_of
 from understudy.runtime.tokenizer import Tokenizer, read_settings
 
@@ -23,7 +26,7 @@ class ServedModel:
 
     name: str
     directory: Path
-    config: ModelConfig
+    config: ModelConfig | EncoderConfig
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     max_model_len: int
@@ -34,6 +37,8 @@ class ServedModel:
     """The format in which the model calls tools; empty: none that is known."""
     reasoning_parser: str = ""
     """The format in which it thinks before it answers."""
+    pooling: PoolingKind = PoolingKind.LAST
+    """How it turns a prompt into a vector."""
 
     @classmethod
     def from_directory(
@@ -50,13 +55,17 @@ class ServedModel:
         Raises:
             ConfigurationError: this directory cannot be served.
         """
-        config = ModelConfig.from_directory(directory)
+        config = read_config(directory)
         longest = config.max_model_len
         if max_model_len is not None and max_model_len > longest:
             raise ConfigurationError(
                 f"max_model_len {max_model_len} is more than the model's {longest}"
             )
-        tokenizer = Tokenizer.from_directory(directory)
+        generates = isinstance(config, ModelConfig)
+        tokenizer = Tokenizer.from_directory(directory, spells=generates)
+        pooling = pooling_of(directory, config)
+        if pooling is PoolingKind.SCORE and not tokenizer.tells_pairs:
+            raise ConfigurationError(f"{directory}: the tokenizer's pairs are not supported")
         template = ChatTemplate.from_directory(
             directory,
             configured=read_settings(directory).chat_template,
@@ -72,6 +81,7 @@ class ServedModel:
             created=int(time.time()),
             tool_parser=tool_parser or "",
             reasoning_parser=reasoning_parser or "",
+            pooling=pooling,
         )
 
     def traits(self, *, max_model_len: int) -> ModelTraits:
@@ -94,6 +104,9 @@ class ServedModel:
             tool_parser=self.tool_parser,
             reasoning_parser=self.reasoning_parser,
             mark_ids=tuple(self.tokenizer.special_marks(marks).items()),
+            pooling=self.pooling,
+            hidden_size=self.config.hidden_size,
+            generates=isinstance(self.config, ModelConfig),
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from tokenizers import AddedToken
@@ -41,6 +41,14 @@ class TokenizerSettings(msgspec.Struct):
     """The named ones that exist, such as ``bos_token``: chat templates know them by these names."""
     added: list[AddedToken]
     chat_template: str | None
+
+
+class TokenPair(NamedTuple):
+    """Two texts as one prompt."""
+
+    ids: list[int]
+    second_at: int
+    """Where the second begins; 0 if nothing tells."""
 
 
 class TokenPieces(dict[int, str | bytes]):
@@ -78,7 +86,14 @@ class Tokenizer:
         drops_first_space: A text's first space is not part of it (SentencePiece).
     """
 
-    def __init__(self, backend: Backend, settings: TokenizerSettings, file: _TokenizerFile) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        settings: TokenizerSettings,
+        file: _TokenizerFile,
+        *,
+        spells: bool = True,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -87,15 +102,17 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
-        self._is_byte_level, self.drops_first_space = _spelling(file.decoder)
+        self._is_byte_level, self.drops_first_space = (
+            _spelling(file.decoder) if spells else (False, False)
+        )
         self._letters = _byte_alphabet() if self._is_byte_level else {}
         self.pieces = TokenPieces(self.spell, self.special_ids)
         self._pieces_showing: dict[frozenset[str], TokenPieces] = {frozenset(): self.pieces}
         self._characters_per_token_max = self._longest_reach(file.normalizer)
 
     @classmethod
-    def from_directory(cls, path: Path) -> Tokenizer:
-        """Read a model directory.
+    def from_directory(cls, path: Path, *, spells: bool = True) -> Tokenizer:
+        """Read a model directory; ``spells`` is false for a model that makes no tokens.
 
         Raises:
             ConfigurationError: files are missing, or this is no tokenizer that can be served.
@@ -110,7 +127,7 @@ class Tokenizer:
             raise ConfigurationError(f"{file_path}: no tokenizer: {error}") from error
         _add_tokens(backend, settings)
         try:
-            return cls(backend, settings, file)
+            return cls(backend, settings, file, spells=spells)
         except ValueError as error:
             raise ConfigurationError(f"{file_path}: {error}") from error
 
@@ -123,6 +140,19 @@ class Tokenizer:
         """Token ids of a text. Special tokens that are spelled out in it become those tokens."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def encode_pair(self, first: str, second: str) -> TokenPair:
+        """Token ids of two texts, put together as the model's own template has it."""
+        encoding = self._backend.encode(first, second)
+        kinds: list[int] = encoding.type_ids
+        second_at = kinds.index(1) if 1 in kinds else 0
+        return TokenPair(encoding.ids, second_at)
+
+    @property
+    def tells_pairs(self) -> bool:
+        """Whether a pair's types, where there are any, say no more than where its second begins."""
+        kinds: list[int] = self._backend.encode("a", "a").type_ids
+        return kinds == sorted(kinds) and set(kinds) <= {0, 1}
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, without special tokens unless they are asked for."""

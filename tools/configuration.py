@@ -38,7 +38,7 @@ def settle_with_model(flags: Mapping[str, str]) -> Settings:
     Raises:
         ConfigurationError: with every problem.
     """
-    from understudy.runtime.model.config import ModelConfig
+    from understudy.runtime.model.encoder_config import read_config
 
     problems: list[str] = []
     settings: Settings | None = None
@@ -47,7 +47,7 @@ def settle_with_model(flags: Mapping[str, str]) -> Settings:
     except ConfigurationError as error:
         problems.extend(error.problems)
     try:
-        ModelConfig.from_directory(settle(flags, only=("model",)).values["model"])
+        read_config(settle(flags, only=("model",)).values["model"])
     except ConfigurationError as error:
         problems.extend(problem for problem in error.problems if problem not in problems)
     if problems or settings is None:

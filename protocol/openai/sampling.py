@@ -21,7 +21,7 @@ from understudy.protocol.openai.structured_output import (
     read_structured_output,
     refuse_with_grammar,
 )
-from understudy.protocol.request import SEED_MASK, Request, SamplingParams
+from understudy.protocol.request import SEED_MASK, PoolingKind, Request, SamplingParams
 
 N = TypeVar("N", int, float)
 
@@ -96,6 +96,35 @@ class ModelTraits:
     """The format in which it thinks before it answers; empty: it does not, or nobody minds."""
     mark_ids: tuple[tuple[str, int], ...] = ()
     """Those marks of these formats that are special tokens, which text cannot spell."""
+    pooling: PoolingKind = PoolingKind.LAST
+    """How it turns a prompt into a vector."""
+    hidden_size: int = 0
+    """The numbers of an embedding."""
+    generates: bool = True
+    """Whether it makes tokens at all."""
+
+    def check_generates(self) -> None:
+        """Check that the model can answer.
+
+        Raises:
+            InvalidRequest: it makes vectors only.
+        """
+        if not self.generates:
+            uses = "/v1/embeddings, /v1/score and /v1/rerank"
+            if self.pooling is PoolingKind.SCORE:
+                uses = "/v1/score and /v1/rerank"
+            text = f"the model {self.name!r} is an encoder and generates no text; it serves {uses}"
+            raise InvalidRequest(text, param="model")
+
+    def check_pooled_length(self, num_tokens: int, *, param: str) -> None:
+        """Check that a prompt fits that is followed by nothing.
+
+        Raises:
+            ContextLengthExceeded: it does not.
+        """
+        if num_tokens > self.max_model_len:
+            text = f"the model's context is {self.max_model_len} tokens; {param} has {num_tokens}"
+            raise ContextLengthExceeded(text, param=param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +167,7 @@ def check_generation(
         InvalidRequest: a field is out of its range.
     """
     check_model(fields.model, model)
-    n = _within("n", fields.n, 1, least=1, most=CHOICES_EACH_MAX)
+    n = within("n", fields.n, 1, least=1, most=CHOICES_EACH_MAX)
     if fields.best_of is not None and fields.best_of != n:
         raise InvalidRequest("best_of must equal n: answers are not ranked", param="best_of")
     stream = fields.stream or False
@@ -150,10 +179,10 @@ def check_generation(
     max_tokens = fields.max_tokens
     if max_tokens is not None:
         # More than the context is a matter of the prompt's length, told with it.
-        _within("max_tokens", max_tokens, 0, least=least_max_tokens, most=SEED_MASK)
+        within("max_tokens", max_tokens, 0, least=least_max_tokens, most=SEED_MASK)
     seed = fields.seed
     if seed is not None:
-        seed = _within("seed", seed, 0, least=-(1 << 63), most=SEED_MASK) & SEED_MASK
+        seed = within("seed", seed, 0, least=-(1 << 63), most=SEED_MASK) & SEED_MASK
     return Generation(
         sampling=_sampling(fields, model, logprobs, most),
         n=n,
@@ -164,10 +193,10 @@ def check_generation(
         stream=stream,
         include_usage=options.include_usage or False,
         continuous_usage=options.continuous_usage_stats or False,
-        priority=_within("priority", fields.priority, 0, least=-(1 << 31), most=(1 << 31) - 1),
-        cache_salt=_cache_salt(fields.cache_salt),
+        priority=within("priority", fields.priority, 0, least=-(1 << 31), most=(1 << 31) - 1),
+        cache_salt=check_cache_salt(fields.cache_salt),
         grammar=_grammar(fields, model, response_format),
-        deadline_s=_deadline_s(fields.deadline_ms),
+        deadline_s=check_deadline_s(fields.deadline_ms),
     )
 
 
@@ -194,13 +223,15 @@ def _grammar(
     return grammar
 
 
-def _deadline_s(deadline_ms: int | None) -> float | None:
+def check_deadline_s(deadline_ms: int | None) -> float | None:
+    """A deadline in seconds."""
     if deadline_ms is None:
         return None
-    return _within("deadline_ms", deadline_ms, 0, least=1, most=DEADLINE_MS_MAX) / 1e3
+    return within("deadline_ms", deadline_ms, 0, least=1, most=DEADLINE_MS_MAX) / 1e3
 
 
-def _cache_salt(salt: str | None) -> str:
+def check_cache_salt(salt: str | None) -> str:
+    """A cache salt, or none."""
     if salt is not None and not 0 < len(salt.encode()) <= CACHE_SALT_BYTES_MAX:
         text = f"cache_salt must have 1 to {CACHE_SALT_BYTES_MAX} bytes"
         raise InvalidRequest(text, param="cache_salt")
@@ -210,15 +241,15 @@ def _cache_salt(salt: str | None) -> str:
 def _sampling(
     fields: GenerationFields, model: ModelTraits, logprobs: int | None, most: int
 ) -> SamplingParams:
-    temperature = _within("temperature", fields.temperature, model.temperature, least=0.0, most=2.0)
-    top_p = _within("top_p", fields.top_p, model.top_p, least=0.0, most=1.0)
+    temperature = within("temperature", fields.temperature, model.temperature, least=0.0, most=2.0)
+    top_p = within("top_p", fields.top_p, model.top_p, least=0.0, most=1.0)
     if fields.top_p is not None and top_p == 0.0:
         raise InvalidRequest("top_p must be above 0", param="top_p")
-    top_k = _within("top_k", fields.top_k, model.top_k, least=-1, most=SEED_MASK)
+    top_k = within("top_k", fields.top_k, model.top_k, least=-1, most=SEED_MASK)
     stop_token_ids = _token_ids("stop_token_ids", fields.stop_token_ids, model.vocab_size)
     if not fields.ignore_eos:
         stop_token_ids += model.eos_token_ids
-    repetition_penalty = _within(
+    repetition_penalty = within(
         "repetition_penalty",
         fields.repetition_penalty,
         model.repetition_penalty,
@@ -228,11 +259,11 @@ def _sampling(
     return SamplingParams(
         seed=0,
         max_tokens=0,
-        min_tokens=_within("min_tokens", fields.min_tokens, 0, least=0, most=most),
+        min_tokens=within("min_tokens", fields.min_tokens, 0, least=0, most=most),
         temperature=temperature if temperature >= _SMALLEST else 0.0,
         top_k=top_k if 0 < top_k < model.vocab_size else 0,
         top_p=max(top_p, _SMALLEST),
-        min_p=_within("min_p", fields.min_p, model.min_p, least=0.0, most=1.0),
+        min_p=within("min_p", fields.min_p, model.min_p, least=0.0, most=1.0),
         repetition_penalty=repetition_penalty,
         presence_penalty=_penalty("presence_penalty", fields.presence_penalty),
         frequency_penalty=_penalty("frequency_penalty", fields.frequency_penalty),
@@ -334,7 +365,7 @@ def _token_ids(param: str, token_ids: list[int] | None, vocab_size: int) -> tupl
     return check_token_ids(param, token_ids, vocab_size)
 
 
-def _within(param: str, value: N | None, default: N, *, least: N, most: N) -> N:
+def within(param: str, value: N | None, default: N, *, least: N, most: N) -> N:
     """``value`` or its default, inside its range; a minus before a zero is dropped."""
     if value is None:
         return default
@@ -344,7 +375,7 @@ def _within(param: str, value: N | None, default: N, *, least: N, most: N) -> N:
 
 
 def _penalty(param: str, value: float | None) -> float:
-    return _within(param, value, 0.0, least=-2.0, most=2.0)
+    return within(param, value, 0.0, least=-2.0, most=2.0)
 
 
 def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
@@ -362,7 +393,7 @@ def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> tuple[tuple[i
             )
         if token_id in pairs:
             raise InvalidRequest(f"{param}: token {token_id} is there twice", param=param)
-        pairs[token_id] = _within(param, value, 0.0, least=-100.0, most=100.0)
+        pairs[token_id] = within(param, value, 0.0, least=-100.0, most=100.0)
     return tuple(sorted(pairs.items()))
 
 

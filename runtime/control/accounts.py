@@ -133,7 +133,7 @@ class Accounts:
         meter = self._meters.pop(entry.request_id)
         output = len(entry.output)
         life_s = now - entry.admitted_at
-        if meter.has_run:
+        if meter.has_run and entry.request.pooling is None:
             self._note_length(entry.request.tenant, output)
         self.limits.end(entry.request.tenant, num_output_tokens=output, life_s=life_s, now=now)
         if meter.has_run:

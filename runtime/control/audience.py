@@ -11,7 +11,7 @@ from typing import Final
 
 from understudy.protocol.errors import RequestError
 from understudy.protocol.messages import Deliver, Failed
-from understudy.protocol.request import TokenRow
+from understudy.protocol.request import TokenRow, portions
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.kit.actor import Outbox
 
@@ -77,8 +77,7 @@ class Audience:
     def deliver(self) -> None:
         """Tell the gateways what has come in since the last call: a message for each step."""
         for (gateway, engine), rows in self._deliveries.items():
-            for first in range(0, len(rows), DELIVER_ROWS_MAX):
-                some = tuple(rows[first : first + DELIVER_ROWS_MAX])
+            for some in portions(rows, rows_max=DELIVER_ROWS_MAX):
                 self._outbox.send(gateway, Deliver(some, engine))
         self._deliveries.clear()
 

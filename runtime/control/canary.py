@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from understudy.protocol.request import Request, SamplingParams
+from understudy.protocol.request import Pooling, PoolingKind, Request, SamplingParams, TokenRow
 from understudy.runtime.control.registry import Member
 
 CANARY_TOKENS: Final = 8
@@ -19,9 +19,15 @@ _FIRST_ID: Final = 1 << 63
 _PROMPT: Final = (1, 2, 3, 5, 8, 13, 21, 34)
 
 
-def canary_request(number: int) -> Request:
-    """The canary, under an id that no gateway gives to a request: those have 63 bits."""
+def canary_request(number: int, *, pools_only: bool = False) -> Request:
+    """The canary, under an id that no gateway gives to a request: those have 63 bits.
+
+    ``pools_only`` asks for a vector, of an engine that makes no tokens.
+    """
     request_id = _FIRST_ID + number
+    if pools_only:
+        params, pooling = SamplingParams(seed=0, max_tokens=1), Pooling(PoolingKind.MEAN)
+        return Request(request_id, request_id, _PROMPT, params, pooling=pooling)
     params = SamplingParams(seed=0, max_tokens=CANARY_TOKENS, temperature=0.0)
     return Request(request_id, request_id, _PROMPT, params)
 
@@ -44,9 +50,15 @@ class CanaryAnswers:
 class Canary:
     """A canary that an engine has not answered yet."""
 
-    __slots__ = ("due_at", "engine", "tokens")
+    __slots__ = ("answer", "due_at", "engine")
 
     def __init__(self, engine: Member, due_at: float) -> None:
         self.engine = engine
         self.due_at = due_at
-        self.tokens: list[int] = []
+        self.answer: list[int] = []
+        """Tokens, or the bytes of a vector."""
+
+    def take(self, row: TokenRow) -> None:
+        """Take in what the engine says."""
+        self.answer += row.tokens
+        self.answer += row.vector

@@ -232,11 +232,9 @@ class Dispatcher:
                     self._outbox.send(engine.identity, Cancel(row.request_id))
                     self._circuits.failed(engine.identity, row.request_id, now)
                     self._take_back(entry, now)
-        self._records += [
-            records.CacheHit(row.request_id, row.num_cached_tokens)
-            for row in accepted
-            if row.num_cached_tokens
-        ]
+        for row in accepted:
+            if row.num_cached_tokens or row.vector:
+                self._records += records.beside(row)
         if accepted:
             self._records.append(records.Step(tuple(accepted)))
 
@@ -257,8 +255,7 @@ class Dispatcher:
             self._queue.remove(row.request_id)
             self._with_engine[engine.identity].add(row.request_id)
             engine.unclaimed.discard(row.request_id)
-            if rest.num_cached_tokens:
-                self._records.append(records.CacheHit(row.request_id, rest.num_cached_tokens))
+            self._records += records.beside(rest)
             if rest.tokens or rest.finish:
                 self._records.append(records.Step((rest,)))
                 self._pass_on(entry, rest, engine, now)

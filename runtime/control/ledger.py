@@ -85,6 +85,8 @@ class Entry:
     logprobs: Sequence[TokenLogprobs] = field(default_factory=list)
     """A list while the request lives."""
     prefix_hash: int = 0
+    vector: bytes = b""
+    """What the prompt was pooled to; see ``TokenRow``."""
     finish: int = 0
     """A ``FinishReason``, or 0 while the request goes on."""
     error_code: str = ""
@@ -150,7 +152,7 @@ class Entry:
     @property
     def num_kept(self) -> int:
         """What it takes to keep it, as a number of tokens of four bytes."""
-        return self.num_tokens + len(self.request.presentation) // 4
+        return self.num_tokens + (len(self.request.presentation) + len(self.vector)) // 4
 
     @property
     def is_void(self) -> bool:
@@ -184,6 +186,7 @@ class Entry:
                     self.finish if is_last else 0,
                     tuple(self.logprobs[start:end]),
                     self.num_cached_tokens,
+                    vector=self.vector,
                 )
             )
         return rows
@@ -363,7 +366,7 @@ class Ledger:
             return Verdict.BROKEN
         if not entry.output:
             entry.first_token_at = now
-            if row.tokens:
+            if row.tokens or row.vector:
                 entry.note(BEGUN, now, entry.engine or "")
         entry.output.extend(row.tokens)
         if row.num_draft_tokens:
@@ -373,6 +376,7 @@ class Ledger:
             assert isinstance(entry.logprobs, list), "an output grows while its request lives"
             entry.logprobs.extend(row.logprobs)
         entry.prefix_hash = prefix_hash
+        entry.vector = row.vector
         entry.num_cached_tokens = entry.num_cached_tokens or row.num_cached_tokens
         entry.progress_at = now
         return Verdict.ACCEPTED

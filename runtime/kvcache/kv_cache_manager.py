@@ -232,7 +232,7 @@ class KVCacheManager:
 
     def _find_prefix(self, sequence: Sequence) -> _Prefix:
         """What the cache has of a sequence, short of its last token, which has to be computed."""
-        if not len(self.cache):
+        if not len(self.cache) or sequence.needs_every_state:
             return _Prefix([], None)
         size = self.block_size
         num_tokens_max = sequence.num_tokens - 1

@@ -23,7 +23,7 @@ from understudy.runtime.model.quantization_config import (
 SUPPORTED_ARCHITECTURES: Final = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 _JSON_BYTES_MAX: Final = 4 << 20
-_CHECKPOINT_DTYPES: Final = ("float32", "float16", "bfloat16")
+CHECKPOINT_DTYPES: Final = ("float32", "float16", "bfloat16")
 _QWEN3_HEAD_DIM: Final = 128
 """What a Qwen3 config means when it names no ``head_dim``."""
 
@@ -125,17 +125,12 @@ class ModelConfig:
     @classmethod
     def from_directory(cls, path: Path) -> ModelConfig:
         """Read a model directory; raise ConfigurationError with every problem found."""
-        if not path.is_dir():
-            raise ConfigurationError(f"{path}: no such directory")
-        config_path = path / "config.json"
-        if not config_path.is_file():
-            raise ConfigurationError(f"{path}: not a model directory: no config.json")
-        fields = _Fields(config_path, _read_json_object(config_path))
+        fields = config_fields(path)
         generation_path = path / "generation_config.json"
-        generation = _Fields(
-            generation_path, _read_json_object(generation_path) if generation_path.is_file() else {}
+        generation = ConfigFields(
+            generation_path, read_json_object(generation_path) if generation_path.is_file() else {}
         )
-        architecture = _architecture(fields)
+        architecture = read_architecture(fields, SUPPORTED_ARCHITECTURES)
         config = _model_config(architecture, fields, generation)
         problems = (*fields.problems, *generation.problems)
         if problems or config is None:
@@ -143,7 +138,7 @@ class ModelConfig:
         return config
 
 
-class _Fields:
+class ConfigFields:
     """Typed access to a JSON object; a bad value becomes a problem, not an exception.
 
     After a problem the access returns a harmless stand-in, so that one pass finds them all.
@@ -163,15 +158,16 @@ class _Fields:
         self.problems: list[str] = [] if problems is None else problems
 
     def problem(self, message: str) -> None:
+        """Note what is wrong."""
         self.problems.append(f"{self.path}: {message}")
 
-    def section(self, name: str) -> _Fields:
+    def section(self, name: str) -> ConfigFields:
         """A nested object; its problems join this one's."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
-            self.problem(f"{self.prefix}{name} must be an object, got {_shown(value)}")
+            self.problem(f"{self.prefix}{name} must be an object, got {shown(value)}")
             value = None
-        return _Fields(
+        return ConfigFields(
             self.path, value or {}, prefix=f"{self.prefix}{name}.", problems=self.problems
         )
 
@@ -185,8 +181,7 @@ class _Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             self.problem(
-                f"{self.prefix}{name} must be an integer from {least} to {most}, "
-                f"got {_shown(value)}"
+                f"{self.prefix}{name} must be an integer from {least} to {most}, got {shown(value)}"
             )
             return least
         return value
@@ -217,17 +212,18 @@ class _Fields:
         ):
             self.problem(
                 f"{self.prefix}{name} must be a number from {least:g} to {most:g}, "
-                f"got {_shown(value)}"
+                f"got {shown(value)}"
             )
             return None
         return float(value)
 
     def boolean(self, name: str, *, default: bool) -> bool:
+        """True or false."""
         value = self.values.get(name)
         if value is None:
             return default
         if not isinstance(value, bool):
-            self.problem(f"{self.prefix}{name} must be true or false, got {_shown(value)}")
+            self.problem(f"{self.prefix}{name} must be true or false, got {shown(value)}")
             return default
         return value
 
@@ -245,19 +241,30 @@ class _Fields:
             ):
                 self.problem(
                     f"{self.prefix}{name} must hold token ids below vocab_size {vocab_size}, "
-                    f"got {_shown(token_id)}"
+                    f"got {shown(token_id)}"
                 )
                 return ()
         return tuple(ids)
 
 
-def _shown(value: object) -> str:
+def config_fields(path: Path) -> ConfigFields:
+    """The ``config.json`` of a model directory; raise ConfigurationError if there is none."""
+    if not path.is_dir():
+        raise ConfigurationError(f"{path}: no such directory")
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise ConfigurationError(f"{path}: not a model directory: no config.json")
+    return ConfigFields(config_path, read_json_object(config_path))
+
+
+def shown(value: object) -> str:
     """A value for an error message, cut to a length that leaves the message one line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; raise ConfigurationError if there is none."""
     try:
         if path.stat().st_size > _JSON_BYTES_MAX:
             raise ConfigurationError(f"{path}: larger than {_JSON_BYTES_MAX} bytes")
@@ -271,21 +278,23 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _architecture(fields: _Fields) -> str:
+def read_architecture(fields: ConfigFields, names_known: tuple[str, ...]) -> str:
     """The one architecture that the config names; any other ends the reading at once."""
     names = fields.values.get("architectures")
-    supported = ", ".join(SUPPORTED_ARCHITECTURES)
+    supported = ", ".join(names_known)
     if not isinstance(names, list) or not names:
         raise ConfigurationError(f"{fields.path}: architectures is missing; supported: {supported}")
-    if len(names) != 1 or names[0] not in SUPPORTED_ARCHITECTURES:
-        shown = ", ".join(_shown(name) for name in names[:4])
+    if len(names) != 1 or names[0] not in names_known:
+        others = ", ".join(shown(name) for name in names[:4])
         raise ConfigurationError(
-            f"{fields.path}: unsupported architecture {shown}; supported: {supported}"
+            f"{fields.path}: unsupported architecture {others}; supported: {supported}"
         )
     return str(names[0])
 
 
-def _model_config(architecture: str, fields: _Fields, generation: _Fields) -> ModelConfig | None:
+def _model_config(
+    architecture: str, fields: ConfigFields, generation: ConfigFields
+) -> ModelConfig | None:
     vocab_size = fields.integer("vocab_size", 2, 1 << 24)
     hidden_size = fields.integer("hidden_size", 8, 1 << 17)
     num_heads = fields.integer("num_attention_heads", 1, 4096)
@@ -326,17 +335,17 @@ def _model_config(architecture: str, fields: _Fields, generation: _Fields) -> Mo
         eos_token_ids=tuple(sorted(end_ids)),
         bos_token_id=bos_ids[0] if bos_ids else None,
         sampling=_sampling_defaults(generation),
-        dtype=dtype if dtype in _CHECKPOINT_DTYPES else None,
+        dtype=dtype if dtype in CHECKPOINT_DTYPES else None,
         quantization=_quantization(fields),
     )
     return None if fields.problems or generation.problems else config
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: ConfigFields) -> None:
     """Features that would silently change the output if they were ignored."""
     activation = fields.values.get("hidden_act", "silu")
     if activation != "silu":
-        fields.problem(f"hidden_act {_shown(activation)} is not supported; supported: silu")
+        fields.problem(f"hidden_act {shown(activation)} is not supported; supported: silu")
     layer_types = fields.values.get("layer_types")
     windowed = isinstance(layer_types, list) and any(
         layer_type != "full_attention" for layer_type in layer_types
@@ -345,7 +354,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
         fields.problem("sliding window attention is not supported")
 
 
-def _quantization(fields: _Fields) -> CheckpointQuantization | None:
+def _quantization(fields: ConfigFields) -> CheckpointQuantization | None:
     # Checkpoints written before transformers knew compressed-tensors use the other name.
     for name in ("quantization_config", "compression_config"):
         if fields.values.get(name) is not None:
@@ -356,7 +365,7 @@ def _quantization(fields: _Fields) -> CheckpointQuantization | None:
     return None
 
 
-def _head_dim(architecture: str, fields: _Fields, hidden_size: int, num_heads: int) -> int:
+def _head_dim(architecture: str, fields: ConfigFields, hidden_size: int, num_heads: int) -> int:
     if fields.values.get("head_dim") is not None:
         head_dim = fields.integer("head_dim", 2, 1024)
     elif architecture == "Qwen3ForCausalLM" and "head_dim" not in fields.values:
@@ -373,7 +382,7 @@ def _head_dim(architecture: str, fields: _Fields, hidden_size: int, num_heads: i
     return head_dim
 
 
-def _rope_fields(fields: _Fields) -> _Fields:
+def _rope_fields(fields: ConfigFields) -> ConfigFields:
     """Rope's parameters in one place, from either form of config.
 
     The newer form nests everything in ``rope_parameters``; the older one has ``rope_theta`` beside
@@ -383,10 +392,12 @@ def _rope_fields(fields: _Fields) -> _Fields:
     rope = fields.section(name)
     values = dict(rope.values)
     values.setdefault("rope_theta", fields.values.get("rope_theta"))
-    return _Fields(rope.path, values, prefix=rope.prefix, problems=rope.problems)
+    return ConfigFields(rope.path, values, prefix=rope.prefix, problems=rope.problems)
 
 
-def _rope_scaling(rope: _Fields, fields: _Fields, max_positions: int) -> RopeScaling | None:
+def _rope_scaling(
+    rope: ConfigFields, fields: ConfigFields, max_positions: int
+) -> RopeScaling | None:
     if rope.number("partial_rotary_factor", 0.0, 1.0, default=1.0) != 1.0:
         rope.problem(f"{rope.prefix}partial_rotary_factor below 1 is not supported")
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
@@ -394,7 +405,7 @@ def _rope_scaling(rope: _Fields, fields: _Fields, max_positions: int) -> RopeSca
         return None
     if kind not in ("linear", "llama3", "yarn"):
         rope.problem(
-            f"{rope.prefix}rope_type {_shown(kind)} is not supported; "
+            f"{rope.prefix}rope_type {shown(kind)} is not supported; "
             "supported: default, linear, llama3, yarn"
         )
         return None
@@ -416,7 +427,7 @@ def _rope_scaling(rope: _Fields, fields: _Fields, max_positions: int) -> RopeSca
     return _yarn_scaling(rope, original, max_positions)
 
 
-def _yarn_scaling(rope: _Fields, original: int, max_positions: int) -> YarnRopeScaling:
+def _yarn_scaling(rope: ConfigFields, original: int, max_positions: int) -> YarnRopeScaling:
     factor = rope.number("factor", 1.0, 1e6, default=max(1.0, max_positions / original))
     mscale = rope.optional_number("mscale", 0.0, 1e3)
     mscale_all_dim = rope.optional_number("mscale_all_dim", 0.0, 1e3)
@@ -435,7 +446,7 @@ def _yarn_scaling(rope: _Fields, original: int, max_positions: int) -> YarnRopeS
     )
 
 
-def _sampling_defaults(generation: _Fields) -> SamplingDefaults:
+def _sampling_defaults(generation: ConfigFields) -> SamplingDefaults:
     top_k = generation.integer("top_k", 0, 1 << 24, default=-1)
     return SamplingDefaults(
         temperature=generation.optional_number("temperature", 0.0, 100.0),

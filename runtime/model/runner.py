@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from understudy.runtime.model.attention import Span
 from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.noise import noise_key, signed
 from understudy.runtime.model.operations import has_kernels
+from understudy.runtime.model.pooling import Pooler
 from understudy.runtime.model.sampler import Sampler, SamplingRow
 from understudy.runtime.model.transformer import Batch, GuessedDraws, Transformer
 from understudy.runtime.scheduling.decision import (
@@ -33,6 +34,7 @@ from understudy.runtime.scheduling.decision import (
     EngineFault,
     NoDraw,
     OutOfMemory,
+    Pooled,
     SampledToken,
     ScheduledSequence,
     StepPlan,
@@ -40,6 +42,13 @@ from understudy.runtime.scheduling.decision import (
 
 if TYPE_CHECKING:
     from understudy.runtime.model.kernels.decode_graphs import Decoded, DecodeGraphs
+
+
+class _Computed(NamedTuple):
+    """What a step has come to."""
+
+    logits: Tensor | None
+    pooled: Mapping[int, Pooled]
 
 
 class ModelRunner:
@@ -62,6 +71,7 @@ class ModelRunner:
             dtype=model.kv_dtype,
             device=model.device,
         )
+        self._pooler = Pooler(model.normalise)
         self._sampler = Sampler(model.vocab_size, model.device)
         self._graphs = _decode_graphs(model, self._cache)
 
@@ -74,19 +84,21 @@ class ModelRunner:
         """Compute the plan's tokens; the draws of each sequence that ``samples``."""
         if not plan.scheduled:
             return {}
-        with _telling_out_of_memory(), torch.inference_mode():
+        with telling_out_of_memory(), torch.inference_mode():
             return self._execute(plan)
 
     def _execute(self, plan: StepPlan) -> Draws:
         if self._grammar_masks is not None:
             self._grammar_masks.begin(plan.scheduled)
-        logits = self.logits(plan)
-        if logits is None:
-            return {}
+        logits, pooled = self._compute(plan)
+        return pooled if logits is None else {**pooled, **self._draw(plan, logits)}
+
+    def _draw(self, plan: StepPlan, logits: Tensor) -> Draws:
+        """Draw from logits, a row for each sequence that draws and one for each drafted token."""
         is_finite = self._sampler.are_finite(logits)
         if len(is_finite) > 1 and not any(is_finite):
             raise EngineFault(f"no logits of {len(is_finite)} sequences are finite")
-        sampled = [scheduled for scheduled in plan.scheduled if scheduled.samples]
+        sampled = [scheduled for scheduled in plan.scheduled if scheduled.draws]
         masks: Mapping[int, Masks | NoDraw] = {}
         if self._grammar_masks is not None:
             masks = self._grammar_masks.collect(sampled)
@@ -120,23 +132,27 @@ class ModelRunner:
     def logits(self, plan: StepPlan) -> Tensor | None:
         """Compute the plan's tokens; raw logits, in plan order.
 
-        There is a row for each sequence that ``samples``, and one for each drafted token.
+        There is a row for each sequence that ``draws``, and one for each drafted token.
         """
+        return self._compute(plan).logits
+
+    def _compute(self, plan: StepPlan) -> _Computed:
         self._cache.copy_blocks(plan.copies)
         decoded = self._decode(plan)
-        if decoded is not None and all(scheduled.samples for scheduled in plan.scheduled):
-            return decoded.logits
+        if decoded is not None and all(scheduled.draws for scheduled in plan.scheduled):
+            return _Computed(decoded.logits, {})
         hidden = self._forward(plan) if decoded is None else decoded.hidden
+        pooled = self._pooler.pool(plan.scheduled, hidden)
         last_rows: list[int] = []
         num_rows = 0
         for scheduled in plan.scheduled:
             num_rows += scheduled.num_tokens
-            if scheduled.samples:
+            if scheduled.draws:
                 last_rows += range(num_rows - 1 - len(scheduled.draft), num_rows)
         if not last_rows:
-            return None
+            return _Computed(None, pooled)
         index = torch.tensor(last_rows, device=self._model.device)
-        return self._model.logits(hidden.index_select(0, index))
+        return _Computed(self._model.logits(hidden.index_select(0, index)), pooled)
 
     @property
     def guesses(self) -> bool:
@@ -160,7 +176,7 @@ class ModelRunner:
             positions = range(row.position, row.position + depth)
             keys = [signed(noise_key(row.params.seed, position)) for position in positions]
             draws.append(GuessedDraws(inverse, keys))
-        with _telling_out_of_memory(), torch.inference_mode():
+        with telling_out_of_memory(), torch.inference_mode():
             return self._model.guess(self._batch(scheduled), self._cache, draws)
 
     def _forward(self, plan: StepPlan) -> Tensor:
@@ -208,7 +224,7 @@ class ModelRunner:
 
 
 @contextmanager
-def _telling_out_of_memory() -> Iterator[None]:
+def telling_out_of_memory() -> Iterator[None]:
     """Turn what says on any device that memory is short into ``OutOfMemory``."""
     try:
         yield

@@ -142,10 +142,14 @@ class Transformer:
         """Logits ``[rows, vocab_size]``, float32, of some rows of hidden states."""
         num_rows = len(hidden)
         tiles = self._head_tiles.cut(num_rows)
-        normed = self._operations.add_and_normalise(hidden, None, self._weights.norm).normed
+        normed = self.normalise(hidden)
         if sum(tiles) > num_rows:
             normed = F.pad(normed, (0, 0, 0, sum(tiles) - num_rows))
         return self._weights.lm_head(normed, tiles)[:num_rows].to(torch.float32)
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """Some rows of hidden states as the output embedding sees them: what is pooled."""
+        return self._operations.add_and_normalise(hidden, None, self._weights.norm).normed
 
     @property
     def guesses(self) -> bool:

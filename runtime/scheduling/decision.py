@@ -7,6 +7,7 @@ of queues.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -40,6 +41,11 @@ class ScheduledSequence(NamedTuple):
         reached = sequence.num_computed_tokens + self.num_tokens - len(self.draft)
         return reached == sequence.num_tokens
 
+    @property
+    def draws(self) -> bool:
+        """Whether it samples, and a token is wanted and not a vector."""
+        return self.samples and self.sequence.pooling is None
+
 
 class StepPlan(NamedTuple):
     """One step: what to compute, in the order in which it was granted.
@@ -68,6 +74,13 @@ class SampledToken(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """The vector that a prompt was pooled to, as float32, little-endian."""
+
+    vector: bytes
+
+
 class NoDraw(Enum):
     """Why nothing was drawn for a sequence that samples."""
 
@@ -77,8 +90,11 @@ class NoDraw(Enum):
     """Its grammar cannot be followed any further."""
 
 
-Draws: TypeAlias = Mapping[int, tuple[SampledToken, ...] | NoDraw]
-"""What a step drew, by request id: a token, and one more for each drafted token that it equals."""
+Draw: TypeAlias = tuple[SampledToken, ...] | Pooled | NoDraw
+"""A token, and one more for each drafted token that it equals; or what a prompt was pooled to."""
+
+Draws: TypeAlias = Mapping[int, Draw]
+"""What a step drew, by request id."""
 
 
 class OutOfMemory(Exception):

@@ -46,8 +46,10 @@ from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.scheduling.decision import (
+    Draw,
     Draws,
     NoDraw,
+    Pooled,
     SampledToken,
     ScheduledSequence,
     StepPlan,
@@ -209,7 +211,7 @@ class Scheduler:
     def update(self, plan: StepPlan, draws: Draws) -> list[TokenRow]:
         """Take in what the step brought; a row for each sequence that got a token or ended.
 
-        ``draws`` has tokens for each scheduled sequence that ``samples``.
+        ``draws`` has tokens, or a vector, for each scheduled sequence that ``samples``.
         """
         assert plan is self._plan, "a step is taken in once, and only the latest"
         self._plan = None
@@ -369,12 +371,15 @@ class Scheduler:
             self._steps_since_shed = 0
             self._budget = min(2 * self._budget, self._config.max_num_batched_tokens)
 
-    def _take(
-        self, sequence: Sequence, drawn: tuple[SampledToken, ...] | NoDraw | None
-    ) -> TokenRow:
+    def _take(self, sequence: Sequence, drawn: Draw | None) -> TokenRow:
         """Take in draws; a sequence that got none has numbers that are not finite, and ends."""
         if isinstance(drawn, tuple):
             return self._append(sequence, drawn)
+        if isinstance(drawn, Pooled):
+            self._remove(sequence)
+            row = _token_row(sequence, FinishReason.STOP)
+            num_cached_tokens = sequence.num_cached_tokens or 0
+            return row._replace(num_cached_tokens=num_cached_tokens, vector=drawn.vector)
         if drawn is None:
             self._kv_cache_manager.discard(sequence)
         self._remove(sequence)
@@ -418,7 +423,7 @@ class Scheduler:
         prompt_max = min(self._config.max_model_len, self._kv_cache_manager.tokens_max)
         if sequence.num_output_tokens == 0 and not 0 < sequence.num_prompt_tokens <= prompt_max:
             return FinishReason.ERROR
-        return sequence.finish_reason()
+        return sequence.finish_reason() if sequence.pooling is None else None
 
 
 def _token_row(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from understudy.protocol.request import FinishReason, Request, extend_prefix_hash
+from understudy.protocol.request import FinishReason, PoolingKind, Request, extend_prefix_hash
 from understudy.runtime.kvcache.prefix_cache import root_key
 
 
@@ -27,6 +27,7 @@ class Sequence:
         request_id: The request that this sequence is an attempt at.
         attempt: Which attempt; the ledger drops what earlier ones still report.
         params: How tokens are drawn, and when to stop.
+        pooling: How the prompt becomes a vector, if that is what is wanted.
         priority: Lower is earlier.
         token_ids: Prompt, then output.
         num_offered_blocks: How many of its first blocks were offered to others.
@@ -44,6 +45,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "__weakref__",
         "arrival",
         "attempt",
         "block_keys",
@@ -55,6 +57,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_tokens_max",
         "params",
+        "pooling",
         "prefix_hash",
         "priority",
         "request_id",
@@ -70,6 +73,7 @@ class Sequence:
         self.request_id = request.request_id
         self.attempt = attempt
         self.params = request.params
+        self.pooling = request.pooling
         self.priority = request.priority
         self.token_ids: list[int] = [*request.prompt, *output]
         self.num_prompt_tokens = len(request.prompt)
@@ -99,6 +103,11 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """All output, that of earlier attempts included; the position of the next token."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def needs_every_state(self) -> bool:
+        """Whether every token has to be computed, though the cache may have what comes of it."""
+        return self.pooling is not None and self.pooling.kind is not PoolingKind.LAST
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add the next output token, and say whether it was the last."""

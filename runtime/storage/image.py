@@ -57,6 +57,7 @@ class Held:
         "prefix_hash",
         "request_id",
         "serial",
+        "vector",
     )
 
     def __init__(self, serial: int) -> None:
@@ -71,6 +72,7 @@ class Held:
         """A list while it grows, and 32 bits for each token when it does not, to be small."""
         self.logprobs = bytearray()
         self.num_cached_tokens = 0
+        self.vector = b""
         self.prefix_hash = 0
         """Of the output; up to date after ``update``, but only in a writer."""
         self.finish = 0
@@ -88,7 +90,8 @@ class Held:
     @property
     def num_bytes(self) -> int:
         """About how much memory, and room in a checkpoint, the request takes."""
-        return len(self.admit) + 4 * len(self.output) + len(self.logprobs) + _OVERHEAD_BYTES
+        output_bytes = 4 * len(self.output) + len(self.logprobs) + len(self.vector)
+        return len(self.admit) + output_bytes + _OVERHEAD_BYTES
 
     def update(self) -> None:
         """Bring ``output`` and ``prefix_hash`` up to date."""
@@ -115,6 +118,7 @@ class Held:
             array("I", self.output).tobytes(),
             bytes(self.logprobs),
             self.num_cached_tokens,
+            self.vector,
         )
 
     def restore(self, payload: CheckpointPayload, base: int) -> None:
@@ -130,6 +134,7 @@ class Held:
         self.output = array("I", payload.output)
         self.logprobs = bytearray(payload.logprobs)
         self.num_cached_tokens = payload.num_cached_tokens
+        self.vector = payload.vector
         self.prefix_hash = payload.prefix_hash
         self.finish = payload.finish
         self.ended_at = payload.ended_at
@@ -251,6 +256,8 @@ class HeldRequest:
     ended_at: float = 0.0
     num_cached_tokens: int = 0
     """Of the prompt, in the cache of the engine that made the first token."""
+    vector: bytes = b""
+    """What the prompt was pooled to."""
 
 
 class Image:
@@ -414,6 +421,7 @@ def describe(held: Held) -> HeldRequest:
         message=held.message,
         ended_at=held.ended_at,
         num_cached_tokens=held.num_cached_tokens,
+        vector=held.vector,
     )
 
 

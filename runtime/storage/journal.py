@@ -49,6 +49,7 @@ from understudy.runtime.storage.records import (
     Record,
     Step,
     Usage,
+    Vector,
 )
 from understudy.runtime.storage.recovery import (
     DAMAGE_CODE,
@@ -286,6 +287,10 @@ class Journal:
                 held.num_cached_tokens = num_tokens
                 payload = records.encode_cache_hit(held.serial, num_tokens)
                 self._add(parts, records.CACHE_HIT, payload)
+            case Vector(request_id, vector):
+                held = image.live[request_id]
+                held.vector = vector
+                self._add(parts, records.VECTOR, records.encode_vector(held.serial, vector))
             case End(request_id, reason, code, message):
                 held = image.live[request_id]
                 image.end(held, reason, image.clock, code, message)

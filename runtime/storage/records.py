@@ -43,6 +43,7 @@ RETIRE: Final = 10
 CACHE_HIT: Final = 11
 FORGET: Final = 12
 USAGE: Final = 14
+VECTOR: Final = 15
 
 KIND_NAMES: Final = {
     HEADER: "header",
@@ -58,6 +59,7 @@ KIND_NAMES: Final = {
     CACHE_HIT: "cache hit",
     FORGET: "forget",
     USAGE: "usage",
+    VECTOR: "vector",
 }
 
 
@@ -93,6 +95,14 @@ class CacheHit:
 
     request_id: int
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """What a prompt was pooled to. The step in which the request ended comes behind it."""
+
+    request_id: int
+    vector: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +148,17 @@ class Usage:
     usage: DayUsage
 
 
-Record: TypeAlias = Admit | Assign | CacheHit | Step | End | Epoch | Forget | Usage
+Record: TypeAlias = Admit | Assign | CacheHit | Vector | Step | End | Epoch | Forget | Usage
+
+
+def beside(row: TokenRow) -> list[Record]:
+    """What a step's rows do not tell of one of them. It comes before the step."""
+    told: list[Record] = []
+    if row.num_cached_tokens:
+        told.append(CacheHit(row.request_id, row.num_cached_tokens))
+    if row.vector:
+        told.append(Vector(row.request_id, row.vector))
+    return told
 
 
 class AssignPayload(NamedTuple):
@@ -188,6 +208,7 @@ class CheckpointPayload(NamedTuple):
     """The tokens, 32 bits each."""
     logprobs: bytes
     num_cached_tokens: int = 0
+    vector: bytes = b""
 
 
 class _CheckpointRest(NamedTuple):
@@ -195,11 +216,13 @@ class _CheckpointRest(NamedTuple):
     code: str
     message: str
     num_cached_tokens: int = 0
+    vector: bytes = b""
 
 
 _PREFIX = Struct("<QB")
 _CHECK = Struct("<II")
 _CACHE_HIT = Struct("<II")
+_SERIAL = Struct("<I")
 _ADMIT = Struct("<IQ")
 _ASSIGN = Struct("<IIQ")
 END_MARK: Final = Struct("<IBII")
@@ -278,6 +301,17 @@ def decode_cache_hit(data: bytes, start: int) -> tuple[int, int]:
     return serial, num_tokens
 
 
+def encode_vector(serial: int, vector: bytes) -> bytes:
+    """The payload of a vector."""
+    return _SERIAL.pack(serial) + vector
+
+
+def decode_vector(data: bytes, start: int, stop: int) -> tuple[int, bytes]:
+    """The serial and the vector."""
+    (serial,) = _SERIAL.unpack_from(data, start)
+    return serial, data[start + _SERIAL.size : stop]
+
+
 def encode_usage(usage: Usage) -> bytes:
     """The payload of a day's usage."""
     return _pack(usage)
@@ -328,7 +362,9 @@ def decode_clock(data: bytes, start: int) -> float:
 
 def encode_checkpoint(payload: CheckpointPayload) -> bytes:
     """The payload of a checkpoint."""
-    rest = _CheckpointRest(payload.engine, payload.code, payload.message, payload.num_cached_tokens)
+    rest = _CheckpointRest(
+        payload.engine, payload.code, payload.message, payload.num_cached_tokens, payload.vector
+    )
     parts = (_pack(rest), payload.admit, payload.output, payload.logprobs)
     fixed = _CHECKPOINT.pack(*payload[:8], *map(len, parts))
     return b"".join((fixed, *parts))
@@ -351,4 +387,4 @@ def decode_checkpoint(data: bytes, start: int) -> CheckpointPayload:
     packed, admit, output, logprobs = parts
     rest = _unpack_rest(packed)
     values = (rest.engine, rest.code, rest.message, admit, output, logprobs)
-    return CheckpointPayload._make((*fixed[:-4], *values, rest.num_cached_tokens))
+    return CheckpointPayload._make((*fixed[:-4], *values, rest.num_cached_tokens, rest.vector))

@@ -148,6 +148,9 @@ class Replay:
         elif kind == records.CACHE_HIT:
             serial, num_tokens = records.decode_cache_hit(data, start)
             self._held(serial).num_cached_tokens = num_tokens
+        elif kind == records.VECTOR:
+            serial, vector = records.decode_vector(data, start, stop)
+            self._held(serial).vector = vector
         elif kind == records.USAGE:
             self.image.note_usage(records.decode_usage(data, start, stop))
         elif kind == records.END:

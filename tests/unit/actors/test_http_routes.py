@@ -69,6 +69,8 @@ async def test_what_a_body_must_have_is_refused_if_it_is_missing(directory: Path
         "/v1/messages": {"messages": HELLO, "max_tokens": 5},
         "/v1/messages/count_tokens": {"messages": HELLO},
         "/v1/batch": {"requests": [{"prompt": "x"}]},
+        "/v1/embeddings": {"input": "x"},
+        "/v1/rerank": {"query": "x", "documents": ["x"]},
         "/v1/responses": {"input": "x"},
         "/detokenize": {"tokens": [1]},
     }

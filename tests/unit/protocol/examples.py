@@ -47,6 +47,8 @@ from understudy.protocol.messages import (
 )
 from understudy.protocol.request import (
     FinishReason,
+    Pooling,
+    PoolingKind,
     Request,
     SamplingParams,
     TokenLogprobs,
@@ -86,6 +88,7 @@ REQUEST = Request(
     cache_salt="salt",
     deadline_s=2.5,
     first_token_s=0.5,
+    pooling=Pooling(PoolingKind.MEAN, 64, 2),
 )
 ROWS = (
     TokenRow(11, 1, 0, (5, 6), 0xDEADBEEF, 0, (), 3),
@@ -98,6 +101,7 @@ ROWS = (
         FinishReason.STOP,
         (TokenLogprobs(-0.5, ((7, -0.5), (8, -1.25))),),
     ),
+    TokenRow(13, 1, 0, (), 0, FinishReason.STOP, vector=b"\x00\x00\x80\x3f"),
 )
 ENGINE = EngineStatus("engine-0", "serving", 41, 5, 1, 2, 3, 4, 100, 128, 999, 0.25, "exact", 6)
 GATEWAY = GatewayStatus("gateway-0", 42, "127.0.0.1:8000", 6, 0.125)
@@ -107,7 +111,16 @@ TIMELINE = RequestTimeline(11, 2**62, 3, 2, 1, 8, 5, 1, "overloaded", EVENTS)
 
 EXAMPLES: tuple[Message, ...] = (
     Hello(
-        Role.ENGINE, "engine-0", 4321, 7, "demo", "h:1", Capacity(8, 2048, 512, 16), 77, "exact", 2
+        Role.ENGINE,
+        "engine-0",
+        4321,
+        7,
+        "demo",
+        "h:1",
+        Capacity(8, 2048, 512, 16, True),
+        77,
+        "exact",
+        2,
     ),
     Welcome(2**40, 2),
     Fenced(2**40),

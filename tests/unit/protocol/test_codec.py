@@ -229,13 +229,18 @@ def test_fields_that_a_newer_peer_adds_are_ignored(extra: list[Any], message: Me
 
 def test_nested_records_grow_and_shrink_as_messages_do() -> None:
     row = (1, 1, 0, (5,), 7, 0)
-    for newer_or_older in (row, (*row, ()), (*row, (), 3, 4, "new"), (*row, ((-0.5, (), "new"),))):
+    for newer_or_older in (
+        row,
+        (*row, ()),
+        (*row, (), 3, 4, b"", "new"),
+        (*row, ((-0.5, (), "new"),)),
+    ):
         decoded = decode(frame_of(StepOutput, (1, (newer_or_older,)))).message
         assert isinstance(decoded, StepOutput)
         assert decoded.rows[0][:6] == row
         assert is_built(StepOutput, decoded)
     refuse(frame_of(StepOutput, (1, (row[:5],))))
-    hello = (2, "engine-0", 1, 0, "", "", (1, 2, 3, 4, "new"))
+    hello = (2, "engine-0", 1, 0, "", "", (1, 2, 3, 4, False, "new"))
     decoded = decode(frame_of(Hello, hello)).message
     assert decoded == Hello(Role.ENGINE, "engine-0", 1, capacity=Capacity(1, 2, 3, 4))
 
