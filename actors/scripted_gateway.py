@@ -50,6 +50,7 @@ class _Scripted:
         self.logprobs: list[TokenLogprobs] = []
         self.prefix_hash = 0
         self.finish = 0
+        self.vector = b""
 
     @property
     def row(self) -> TokenRow:
@@ -62,6 +63,7 @@ class _Scripted:
             prefix_hash=self.prefix_hash,
             finish=self.finish,
             logprobs=tuple(self.logprobs),
+            vector=self.vector,
         )
 
 
@@ -275,15 +277,17 @@ class ScriptedGateway:
         *tokens: int,
         finish: int = 0,
         logprobs: tuple[TokenLogprobs, ...] = (),
+        vector: bytes = b"",
         engine: str = "engine-0",
     ) -> None:
-        """Bring a request its next tokens, and its end if ``finish`` says so."""
+        """Bring a request its next tokens or its vector, and its end if ``finish`` says so."""
         scripted = self._open[request.request_id]
         position = len(scripted.tokens)
         scripted.prefix_hash = extend_prefix_hash(scripted.prefix_hash, tokens)
         scripted.tokens += tokens
         scripted.logprobs += logprobs
         scripted.finish = finish
+        scripted.vector = vector
         if finish:
             del self._open[request.request_id]
         row = TokenRow(
@@ -294,6 +298,7 @@ class ScriptedGateway:
             prefix_hash=scripted.prefix_hash,
             finish=finish,
             logprobs=logprobs,
+            vector=vector,
         )
         for sink in list(scripted.sinks):
             sink.deliver(row, engine)

@@ -41,7 +41,7 @@ def write_encoder(directory: Path, architecture: str, *, seed: int = 0, **settin
         warnings.simplefilter("ignore")
         model = getattr(transformers, architecture)(config)
         model.save_pretrained(directory)
-    write_tokenizer(directory, tokenizer_of(architecture))
+    write_tokenizer(directory, _tokenizer(architecture))
     return directory
 
 
@@ -100,8 +100,8 @@ def write_sentence_transformers(directory: Path, mode: str) -> None:
     (directory / "1_Pooling" / "config.json").write_text(json.dumps(config))
 
 
-def tokenizer_of(architecture: str) -> Tokenizer:
-    """The kind of tokenizer that an architecture comes with."""
+def _tokenizer(architecture: str) -> Tokenizer:
+    """The kind that an architecture comes with; two that are trained alike may differ."""
     if architecture.startswith("Bert"):
         return _wordpiece()
     return _unigram() if architecture.startswith("XLM") else _byte_level()

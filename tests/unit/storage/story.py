@@ -20,7 +20,7 @@ from understudy.protocol.request import (
 from understudy.runtime.storage.disk import Disk
 from understudy.runtime.storage.image import HeldRequest, Retention
 from understudy.runtime.storage.journal import Journal, JournalOptions, Opened
-from understudy.runtime.storage.records import Admit, Assign, End, Epoch, Record, Step
+from understudy.runtime.storage.records import Admit, Assign, End, Epoch, Record, Step, beside
 from understudy.runtime.storage.recovery import Recovery, recover
 from understudy.runtime.storage.virtual_disk import VirtualDisk
 
@@ -42,6 +42,7 @@ class Known:
     finish: FinishReason | None = None
     code: str = ""
     message: str = ""
+    vector: bytes = b""
 
 
 @dataclass
@@ -126,6 +127,13 @@ class Story:
         ]
         return Step(tuple(rows))
 
+    def pool(self, request_id: int, *, dimensions: int = 8) -> list[Record]:
+        """A request ends with a vector."""
+        vector = self.random.randbytes(4 * dimensions)
+        row = self.row(request_id, tokens=(), finish=FinishReason.STOP)._replace(vector=vector)
+        self.known[request_id] = replace(self.known[request_id], vector=vector)
+        return [*beside(row), Step((row,))]
+
     def end(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED) -> End:
         known = replace(self.known[request_id], finish=reason, code="why", message="because")
         self.known[request_id] = known
@@ -156,6 +164,7 @@ def as_known(held: HeldRequest) -> Known:
         finish=held.finish,
         code=held.code,
         message=held.message,
+        vector=held.vector,
     )
 
 

@@ -55,6 +55,31 @@ def test_everything_that_was_committed_comes_back() -> None:
     assert opened.recovery.statistics.torn_bytes == 0
 
 
+def test_vectors_come_back_and_move_on_when_the_journal_is_compacted() -> None:
+    disk, story = VirtualDisk(), Story()
+    journal = start(disk, SMALL)
+    journal.append(story.opening(3))
+    one, other, _ = story.live
+    journal.append([*story.pool(one), *story.pool(other, dimensions=300)])
+    journal.commit(1.0)
+    for now in (2.0, 102.0):
+        live_a_while(journal, story, 400, now=now)
+        gone = [n for n, known in story.known.items() if known.finish and not known.vector]
+        journal.append([Forget(number) for number in gone])
+        for number in gone:
+            del story.known[number]
+    journal.commit(200.0)
+    settle(journal)
+    assert journal.statistics.compactions > 0
+    disk.crash_process()
+
+    found = everything(reopen(disk))
+
+    assert found[one] == story.known[one]
+    assert len(found[other].vector) == 1200
+    assert found == story.known
+
+
 def test_what_is_to_be_forgotten_does_not_come_back() -> None:
     disk, story = VirtualDisk(), Story()
     journal = start(disk)

@@ -122,6 +122,7 @@ def test_an_end_comes_back(mark: EndMark, code: str, message: str, before: bytes
         output=st.binary(max_size=50),
         logprobs=st.binary(max_size=50),
         num_cached_tokens=U32,
+        vector=st.binary(max_size=50),
     ),
     before=st.binary(max_size=5),
     after=st.binary(max_size=5),
