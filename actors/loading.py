@@ -87,8 +87,19 @@ def _load_encoder(config: EngineConfig, max_model_len: int) -> Loaded:
     from understudy.runtime.model.encoder_runner import EncoderRunner
     from understudy.runtime.model.exactness import numerics_class
 
-    if config.quantization != "none":
-        raise ConfigurationError(f"{config.model}: encoders are not quantised; leave it out")
+    unfit = {
+        "quantization": config.quantization != "none",
+        "kv-cache-dtype": config.kv_cache_dtype != "auto",
+        "speculative-config": config.speculative_config is not None,
+    }
+    if any(unfit.values()):
+        raise ConfigurationError(
+            *[
+                f"{config.model}: --{name} is not for encoders; leave it out"
+                for name in unfit
+                if unfit[name]
+            ]
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = torch.device(_device(config, has_cuda=torch.cuda.is_available()))
