@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from typing import Final
 
 from tests.simulation.cluster import Cluster, undisturbed
-from tests.simulation.workload import draw_requests
+from tests.simulation.workload import draw_requests, with_vectors
 from understudy.runtime.kit.actor import SUPERVISOR
 from understudy.runtime.kit.virtual import NetworkFaults
 
@@ -89,7 +89,7 @@ def _draw(seed: int) -> History:
         step_s=draw.choice([0.02, 0.05, 0.2]),
     )
     history = History(seed, cluster)
-    for request in draw_requests(seed, draw.randint(10, 50)):
+    for request in with_vectors(seed, draw_requests(seed, draw.randint(10, 50))):
         at = draw.uniform(0.0, FAULTS_END_S / 4)
         client = cluster.submit(request, at=at, gateway=draw.choice(cluster.gateway_names))
         if draw.random() < 0.15:
@@ -134,11 +134,12 @@ def _draw_fault(draw: random.Random, history: History) -> None:
 def _check_outputs(history: History) -> None:
     """Whatever was delivered is what the request alone says."""
     for client in history.cluster.clients:
-        whole, finish = undisturbed(client.request)
+        whole, finish, vector = undisturbed(client.request)
         assert client.tokens == whole[: len(client.tokens)], f"{client.request}: other tokens"
         assert client.end in {*GOOD_ENDS, "left"}, f"{client.request}: {client.end}"
         if client.end in GOOD_ENDS:
             assert client.tokens == whole, f"{client.request}: cut short"
+            assert client.vector == vector, f"{client.request}: another vector, or none"
             assert client.end == finish.name.lower(), f"{client.request}: {client.end}"
 
 

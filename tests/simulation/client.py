@@ -17,6 +17,7 @@ class Client:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.tokens: list[int] = []
+        self.vector = b""
         self.engines: list[str] = []
         self.end: str | None = None
         """``stop``, ``length``… or an error's code; ``left`` if it went away by itself."""
@@ -39,6 +40,9 @@ class Client:
             assert len(row.logprobs) == len(row.tokens)
         if engine not in self.engines:
             self.engines.append(engine)
+        if row.vector:
+            assert row.finish, f"{self.request.request_id}: a vector is an end"
+            self.vector = row.vector
         if row.finish:
             self.end = FinishReason(row.finish).name.lower()
 

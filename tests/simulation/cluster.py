@@ -12,6 +12,7 @@ from typing import Final
 
 from tests.simulation.client import Client
 from tests.simulation.invariants import (
+    HIDDEN_SIZE,
     VOCAB_SIZE,
     CheckedRunner,
     Golden,
@@ -465,7 +466,10 @@ def make_engine(
         num_blocks=NUM_BLOCKS,
         runner=CheckedRunner(
             DelayedRunner(
-                EchoRunner(clock, vocab_size=VOCAB_SIZE, step_s=step_s), name, stage, clock
+                EchoRunner(clock, vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, step_s=step_s),
+                name,
+                stage,
+                clock,
             ),
             block_size=SCHEDULER.block_size,
         ),

@@ -7,21 +7,31 @@ down and what leaves it. ``CheckedRunner`` remembers what was put into each KV b
 
 from __future__ import annotations
 
+import math
+import struct
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from understudy.protocol.messages import Assign, Deliver, Failed, Message
-from understudy.protocol.request import FinishReason, Request, TokenRow, extend_prefix_hash
+from understudy.protocol.request import (
+    FinishReason,
+    Pooling,
+    Request,
+    TokenRow,
+    extend_prefix_hash,
+)
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.echo import splitmix64
 from understudy.runtime.kit.actor import Effect, OpenSession, Send
 from understudy.runtime.scheduling.decision import Draws, Runner, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
 from understudy.runtime.storage.journal import Degraded, Journal
-from understudy.runtime.storage.records import Admit, End, Record, Step
+from understudy.runtime.storage.records import Admit, End, Record, Step, Vector
 
 VOCAB_SIZE: Final = 500
+HIDDEN_SIZE: Final = 8
 _GOLDEN_RATIO: Final = 0x9E3779B97F4A7C15
 
 
@@ -30,10 +40,13 @@ class Golden(NamedTuple):
 
     tokens: list[int]
     finish: FinishReason
+    vector: bytes = b""
 
 
 def golden(request: Request, *, max_model_len: int) -> Golden:
     """What an echo has to answer, whatever happens to it on the way."""
+    if request.pooling is not None:
+        return Golden([], FinishReason.STOP, _bag_of_tokens(request, request.pooling))
     params = request.params
     length_max = min(params.max_tokens, max_model_len - len(request.prompt))
     tokens: list[int] = []
@@ -44,6 +57,14 @@ def golden(request: Request, *, max_model_len: int) -> Golden:
     return Golden(tokens, FinishReason.LENGTH)
 
 
+def _bag_of_tokens(request: Request, pooling: Pooling) -> bytes:
+    """The vector that an echo makes of a prompt."""
+    counts = Counter(token % HIDDEN_SIZE for token in request.prompt)
+    kept = [float(counts[place]) for place in range(pooling.dimensions or HIDDEN_SIZE)]
+    length = math.hypot(*kept) or 1.0
+    return struct.pack(f"<{len(kept)}f", *[count / length for count in kept])
+
+
 @dataclass
 class Written:
     """What the journal holds of one request."""
@@ -52,6 +73,7 @@ class Written:
     is_over: bool = False
     attempt: int = 0
     """The latest that was handed to an engine."""
+    vector: bytes = b""
 
 
 class Watch:
@@ -68,11 +90,13 @@ class Watch:
     def begin(self, entries: Iterable[Entry]) -> None:
         """The next supervisor has read these from what the one before it wrote down."""
         self._written = {
-            entry.request_id: Written(list(entry.output), bool(entry.finish), entry.attempt)
+            entry.request_id: Written(
+                list(entry.output), bool(entry.finish), entry.attempt, entry.vector
+            )
             for entry in entries
         }
         for request_id, written in self._written.items():
-            self._check_tokens(request_id, written.tokens)
+            self._check_output(request_id, written)
 
     def write(self, records: Sequence[Record]) -> None:
         """Records have reached the journal."""
@@ -85,6 +109,10 @@ class Watch:
                 case Step(rows):
                     for row in rows:
                         self._write_row(row)
+                case Vector(request_id, vector):
+                    written = self._written[request_id]
+                    assert not written.is_over, f"{request_id}: a vector after the end"
+                    written.vector = vector
                 case End(request_id):
                     written = self._written[request_id]
                     assert not written.is_over, f"{request_id}: ended twice"
@@ -112,6 +140,7 @@ class Watch:
                     end = row.position + len(row.tokens)
                     known = told.tokens[row.position : end]
                     assert known == list(row.tokens), f"{row.request_id}: told before written"
+                    assert row.vector in {b"", told.vector}, f"{row.request_id}: told unwritten"
                     assert told.is_over or not row.finish, f"{row.request_id}: end not written"
             case Failed(request_id) if request_id in self._written:
                 assert self._written[request_id].is_over, f"{request_id}: failure not written"
@@ -133,10 +162,12 @@ class Watch:
         written.is_over = bool(row.finish)
         assert row.prefix_hash == extend_prefix_hash(0, written.tokens), f"{row.request_id}: hash"
 
-    def _check_tokens(self, request_id: int, tokens: list[int]) -> None:
-        request = self.requests[request_id]
-        whole = golden(request, max_model_len=len(request.prompt) + len(tokens)).tokens
-        assert tokens == whole, f"{request_id}: the journal holds other tokens"
+    def _check_output(self, request_id: int, written: Written) -> None:
+        request, tokens = self.requests[request_id], written.tokens
+        whole = golden(request, max_model_len=len(request.prompt) + len(tokens))
+        assert tokens == whole.tokens, f"{request_id}: the journal holds other tokens"
+        known = {b"", whole.vector}
+        assert written.vector in known, f"{request_id}: the journal holds another vector"
 
 
 class WatchedJournal:

@@ -10,7 +10,7 @@ import pytest
 from tests.simulation.cluster import NUM_BLOCKS, SCHEDULER, make_engine, undisturbed
 from tests.simulation.invariants import CheckedRunner, Watch
 from tests.simulation.stage import VirtualStage
-from tests.simulation.workload import draw_requests
+from tests.simulation.workload import draw_requests, with_vectors
 from understudy.protocol.messages import Assign, Deliver, Failed, StepOutput, Welcome
 from understudy.protocol.request import (
     FinishReason,
@@ -53,7 +53,7 @@ LAST = Step((row(2, 3, finish=FinishReason.LENGTH),))
 def test_the_golden_outputs_are_those_of_an_engine_that_nothing_happens_to() -> None:
     engine = make_engine("engine-0", 0.0, VirtualStage(), 1, VirtualClock())
     engine.handle(Welcome(1), SUPERVISOR, 0.0)
-    requests = draw_requests(1, 200)
+    requests = with_vectors(1, draw_requests(1, 200))
     rows: dict[int, list[TokenRow]] = {request.request_id: [] for request in requests}
     for request in requests:
         engine.handle(Assign(request, 1), SUPERVISOR, 0.0)
@@ -65,7 +65,8 @@ def test_the_golden_outputs_are_those_of_an_engine_that_nothing_happens_to() -> 
                     rows[made.request_id].append(made)
     for request in requests:
         made_rows = rows[request.request_id]
-        tokens, finish = undisturbed(request)
+        tokens, finish, vector = undisturbed(request)
+        assert made_rows[-1].vector == vector
         assert [token for made in made_rows for token in made.tokens] == tokens
         assert made_rows[-1].finish == finish
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from dataclasses import replace
 
-from tests.simulation.invariants import VOCAB_SIZE
-from understudy.protocol.request import Request, SamplingParams
+from tests.simulation.invariants import HIDDEN_SIZE, VOCAB_SIZE
+from understudy.protocol.request import Pooling, PoolingKind, Request, SamplingParams
 
 
 def draw_requests(seed: int, count: int) -> list[Request]:
@@ -33,3 +35,17 @@ def draw_requests(seed: int, count: int) -> list[Request]:
         priority = draw.choice([0, 0, 0, -1, 5])
         requests.append(Request(number, group_id, prompt, params, priority))
     return requests
+
+
+def with_vectors(seed: int, requests: Iterable[Request]) -> list[Request]:
+    """The same, but some of them ask for vectors in the place of answers."""
+    draw = random.Random(~seed)
+    made = []
+    for request in requests:
+        if draw.random() < 0.2:
+            kind = draw.choice([PoolingKind.LAST, PoolingKind.MEAN])
+            pooling = Pooling(kind, draw.choice([0, 0, HIDDEN_SIZE // 2]))
+            params = SamplingParams(seed=0, max_tokens=1)
+            request = replace(request, params=params, pooling=pooling)
+        made.append(request)
+    return made
