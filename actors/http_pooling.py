@@ -72,7 +72,6 @@ class PoolingEndpoints:
         served: ServedModel,
         generation: GenerationEndpoints,
         pooled: PooledCalls,
-        *,
         wall_clock: Callable[[], float],
         draw: Callable[[int], int],
     ) -> None:

@@ -124,9 +124,7 @@ async def serve_http(
         messages=MessageEndpoints(generation),
         tokenization=TokenizationEndpoints(served, generation),
         native=NativeEndpoints(port, wake, generation, answers, streams, clock=clock),
-        pooling=PoolingEndpoints(
-            served, generation, pooled, wall_clock=wall_clock, draw=chance.getrandbits
-        ),
+        pooling=PoolingEndpoints(served, generation, pooled, wall_clock, chance.getrandbits),
         streams=streams,
         status=status,
         usage=UsageEndpoint(port, wake, wall_clock=wall_clock),

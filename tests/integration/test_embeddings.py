@@ -205,13 +205,14 @@ def test_an_encoder_makes_the_vectors_of_transformers(encoder: Encoder) -> None:
 
 def test_an_encoder_generates_nothing_and_says_so(encoder: Encoder) -> None:
     message = [{"role": "user", "content": "hello"}]
-    for path, body in {
+    bodies: dict[str, dict[str, Any]] = {
         "/v1/completions": {"prompt": "a"},
         "/v1/chat/completions": {"messages": message},
         "/v1/messages": {"messages": message, "max_tokens": 5},
         "/v1/responses": {"input": "a"},
         "/v1/generate": {"prompt": "a"},
-    }.items():
+    }
+    for path, body in bodies.items():
         status, answer = post(encoder.cluster, path, body)
         assert status == 400, path
         assert "is an encoder and generates no text" in json.dumps(answer)

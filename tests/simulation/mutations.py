@@ -311,6 +311,27 @@ MUTATIONS: Final = (
         "SILENT_AFTER_S: Final = 1e9",
         _CONTROL,
     ),
+    Mutation(
+        "deliver a vector without writing it down",
+        "runtime/storage/records.py",
+        "    if row.vector:\n",
+        "    if row.vector and not row.finish:\n",
+        "tests/unit/actors/test_pooled_requests.py",
+    ),
+    Mutation(
+        "tell a late joiner the end and not the vector",
+        _LEDGER,
+        "                    vector=self.vector,\n",
+        "",
+        "tests/unit/actors/test_pooled_requests.py",
+    ),
+    Mutation(
+        "leave the vector out of an inventory",
+        _ENGINE,
+        "            vector=self.vector,\n",
+        "",
+        "tests/unit/actors/test_pooled_requests.py",
+    ),
 )
 
 

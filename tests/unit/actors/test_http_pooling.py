@@ -170,9 +170,9 @@ async def test_a_text_is_embedded_once_however_many_pairs_it_is_in(directory: Pa
         body = {"query": "fox", "documents": ["dog", "lazy", "dog", "fox"], "top_n": 3}
         answer = await beside(answer_all(), harness.answer("/v1/rerank", body))
         assert len(harness.gateway.submitted) == 3
-        assert [
-            (one["index"], pytest.approx(one["relevance_score"])) for one in answer["results"]
-        ] == [(3, 1.0), (1, 0.6), (0, 0.0)]
+        assert [one["index"] for one in answer["results"]] == [3, 1, 0]
+        scores = [one["relevance_score"] for one in answer["results"]]
+        assert scores == pytest.approx([1.0, 0.6, 0.0])
         assert answer["results"][1]["document"] == {"text": "lazy"}
         tokens = sum(len(request.prompt) for request in harness.gateway.submitted)
         assert answer["usage"]["total_tokens"] == tokens

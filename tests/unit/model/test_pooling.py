@@ -80,7 +80,7 @@ def requests() -> list[Request]:
     generator = torch.Generator().manual_seed(3)
     # All begin alike, so that there is something to share.
     common = torch.randint(128, (20,), generator=generator).tolist()
-    made = []
+    made: list[Request] = []
     for length in LENGTHS:
         rest = torch.randint(128, (length,), generator=generator).tolist()
         prompt = (common + rest)[:length]
