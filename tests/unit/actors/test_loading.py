@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.encoders import BERT, LENGTH_MAX, write_encoder
 from tests.unit.model.native.kernels import needs_native
 from understudy.actors.loading import Loaded, load_runner
 from understudy.protocol.errors import ConfigurationError
@@ -63,3 +64,34 @@ def test_weights_stay_as_they_are_unless_something_is_said() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="expected one of none, int8, int4"):
         configured(quantization="int2")
+
+
+# Encoders
+
+
+def test_an_encoder_is_loaded_in_float32_and_says_that_it_makes_no_tokens(tmp_path: Path) -> None:
+    directory = str(write_encoder(tmp_path, BERT))
+    loaded = load(model=directory, dtype="auto", max_num_seqs="4")
+    assert loaded.pools_only
+    assert "/exact/float32/cpu/" in loaded.numerics
+    assert loaded.max_model_len == LENGTH_MAX
+    assert loaded.num_blocks == 4 * LENGTH_MAX // 16
+    assert not load(max_model_len="256").pools_only
+
+
+def test_what_is_not_for_encoders_is_refused_all_at_once(tmp_path: Path) -> None:
+    directory = str(write_encoder(tmp_path, BERT))
+    with pytest.raises(ConfigurationError) as raised:
+        load(model=directory, quantization="int8", kv_cache_dtype="int8")
+    assert [line.rpartition(": ")[2] for line in raised.value.problems] == [
+        "--quantization is not for encoders; leave it out",
+        "--kv-cache-dtype is not for encoders; leave it out",
+    ]
+    with pytest.raises(ConfigurationError, match="beyond what the model reaches"):
+        load(model=directory, max_model_len=str(LENGTH_MAX + 1))
+
+
+def test_an_echo_stands_in_for_an_encoder_too(tmp_path: Path) -> None:
+    loaded = load(model=str(write_encoder(tmp_path, BERT)), engine="echo")
+    assert loaded.pools_only
+    assert loaded.numerics == "echo"

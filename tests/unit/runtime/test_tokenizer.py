@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from tests.encoders import BERT, ROBERTA, XLM_ROBERTA, write_encoder
 from tests.tiny_models import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
@@ -255,3 +256,41 @@ def _cached(kind: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     if kind not in _CACHE:
         _CACHE[kind] = Tokenizer.from_directory(kind(tmp_path_factory.mktemp("tokenizer")))
     return _CACHE[kind]
+
+
+# Pairs, for models that make no tokens
+
+
+@pytest.mark.parametrize("architecture", [BERT, ROBERTA, XLM_ROBERTA])
+def test_pairs_are_put_together_as_transformers_does(tmp_path: Path, architecture: str) -> None:
+    directory = write_encoder(tmp_path, architecture)
+    tokenizer = Tokenizer.from_directory(directory, spells=False)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.tells_pairs
+    for first, second in [("the quick fox", "a lazy dog"), ("a", "b " * 40), ("größe", "🦊")]:
+        pair = tokenizer.encode_pair(first, second)
+        expected = theirs(first, second)
+        assert pair.ids == expected["input_ids"]
+        assert tokenizer.encode(first, add_special_tokens=True) == theirs(first)["input_ids"]
+        kinds = Backend.from_file(str(directory / "tokenizer.json")).encode(first, second).type_ids
+        second_at = pair.second_at or len(kinds)
+        assert kinds == [0] * second_at + [1] * (len(kinds) - second_at)
+        assert bool(pair.second_at) == (architecture == BERT)
+
+
+def test_a_pair_that_cannot_be_told_by_where_its_second_begins_is_noticed(tmp_path: Path) -> None:
+    backend = byte_level_tokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A:1 $B:0", special_tokens=[]
+    )
+    written(tmp_path, backend)
+    assert not Tokenizer.from_directory(tmp_path).tells_pairs
+
+
+def test_a_way_of_spelling_does_not_matter_where_nothing_is_spelled(tmp_path: Path) -> None:
+    write_encoder(tmp_path, BERT)
+    with pytest.raises(ConfigurationError, match="WordPiece"):
+        Tokenizer.from_directory(tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path, spells=False)
+    tokens = tokenizer.encode("the quick fox", add_special_tokens=False)
+    assert tokenizer.decode(tokens) == "the quick fox"
