@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.cache import remove_unused
 from understudy.runtime.config import EngineConfig
 from understudy.runtime.echo import EchoRunner
 from understudy.runtime.grammar_masks import GrammarMasks
@@ -52,7 +54,10 @@ def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
         return _load_echo(config, model_config, max_model_len, clock)
     if isinstance(model_config, EncoderConfig):
         return _load_encoder(config, max_model_len)
-    return _load_model(config, max_model_len, clock)
+    loaded = _load_model(config, max_model_len, clock)
+    with suppress(OSError):  # what cannot be tidied up harms nobody
+        remove_unused()
+    return loaded
 
 
 def _load_echo(
@@ -124,7 +129,7 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     import torch
 
     from understudy.actors.speculation import load_speculator
-    from understudy.runtime.model.exactness import numerics_class, prove_exactness
+    from understudy.runtime.model.exactness import numerics_class, prove_exactness_once
     from understudy.runtime.model.kv_cache import blocks_that_fit
     from understudy.runtime.model.loader import default_dtype, load_model
     from understudy.runtime.model.runner import ModelRunner
@@ -162,8 +167,16 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
             raise ConfigurationError(size.warning)
         max_model_len = size.num_blocks * config.block_size
         get_logger().warning(size.warning, max_model_len=max_model_len)
+    numerics = numerics_class(
+        config.model,
+        dtype=dtype,
+        device=torch_device,
+        numerics=config.numerics,
+        quantization=config.quantization,
+        kv_dtype=model.kv_dtype,
+    )
     if config.numerics == "exact":
-        prove_exactness(model, block_size=config.block_size)
+        prove_exactness_once(model, block_size=config.block_size, name=numerics)
     get_logger().info(
         "model is loaded",
         model=config.model.name,
@@ -178,14 +191,6 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     masks = GrammarMasks(grammars, report=_report_grammar)
     runner = ModelRunner(
         model, num_blocks=size.num_blocks, block_size=config.block_size, grammar_masks=masks
-    )
-    numerics = numerics_class(
-        config.model,
-        dtype=dtype,
-        device=torch_device,
-        numerics=config.numerics,
-        quantization=config.quantization,
-        kv_dtype=model.kv_dtype,
     )
     speculator = load_speculator(config, model, runner, grammars, clock, numerics=numerics)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)

@@ -21,12 +21,12 @@ from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.step_profile import profile_drafts, profile_steps
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.processor import processor_name
+from understudy.runtime.scheduling.prompt_lookup import NgramDrafter
 from understudy.runtime.scheduling.speculation import (
     Costs,
     CostTable,
     DraftCosts,
     Drafter,
-    NgramDrafter,
     Speculator,
     StepCosts,
 )
@@ -44,8 +44,9 @@ def load_speculator(
 ) -> Speculator | None:
     """Load what the configuration says of speculation, and measure what it costs.
 
-    A draft model guesses within the requests' grammars; what is beside them would be in vain. What
-    was measured for this class of ``numerics`` on such a machine is not measured again.
+    What stood there before is looked up with any method; a draft model is asked where nothing did.
+    It guesses within the requests' grammars; what is beside them would be in vain. What was
+    measured for this class of ``numerics`` on such a machine is not measured again.
 
     Raises:
         ConfigurationError: the draft model is none, or speaks of other tokens than the model.
@@ -53,7 +54,7 @@ def load_speculator(
     if config.speculative_config is None:
         return None
     chosen = parse_speculative_config(config.speculative_config)
-    drafter: Drafter = NgramDrafter()
+    drafter: Drafter | None = None
     measured: list[Callable[[], tuple[CostTable, ...]]] = [lambda: (profile_steps(runner, clock),)]
     name = [numerics, processor_name(), str(config.block_size)]
     if chosen.model is not None:
@@ -76,7 +77,9 @@ def load_speculator(
         depth_max=chosen.num_speculative_tokens,
         adaptive=chosen.adaptive,
     )
-    return Speculator(drafter, depth_max=chosen.num_speculative_tokens, costs=costs)
+    return Speculator(
+        NgramDrafter(), drafter=drafter, depth_max=chosen.num_speculative_tokens, costs=costs
+    )
 
 
 def _draft_runner(

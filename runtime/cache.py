@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
+
+_KINDS: Final = ("kernels", "weights", "costs", "exact")
+"""What the names of kept files begin with; nothing else is ever removed."""
+_UNUSED_S_MAX: Final = 30 * 86400.0
 
 
 def cache_directory() -> Path:
@@ -35,3 +42,21 @@ def is_ours(path: Path) -> bool:
     if not stat.S_ISREG(status.st_mode) or status.st_uid not in {os.geteuid(), 0}:
         raise PermissionError(f"{path} belongs to somebody else; remove it")
     return not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def note_use(path: Path) -> None:
+    """Say that a file was of use today, so that it stays."""
+    os.utime(path)
+
+
+def remove_unused() -> None:
+    """Remove what nobody has used for a month; another process may do the same.
+
+    Raises:
+        OSError: there is no cache, or something in it cannot be removed.
+    """
+    folder = cache_directory()
+    for path in (path for kind in _KINDS for path in folder.glob(f"{kind}-*")):
+        with suppress(FileNotFoundError):
+            if path.lstat().st_mtime < time.time() - _UNUSED_S_MAX:
+                path.unlink()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from understudy.runtime.cache import cache_directory, is_ours
+from understudy.runtime.cache import cache_directory, is_ours, note_use
 from understudy.runtime.log import get_logger
 from understudy.runtime.scheduling.speculation import CostTable
 
@@ -26,6 +26,7 @@ def remembered_costs(name: str, measure: Callable[[], tuple[CostTable, ...]]) ->
     try:
         path = cache_directory() / f"costs-{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
         if is_ours(path):
+            note_use(path)
             kept = _read(path)
             if kept is not None:
                 return kept

@@ -7,6 +7,8 @@ two ways that have nothing in common, and compares all bits.
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -15,12 +17,15 @@ from torch import Tensor
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import Request, SamplingParams
+from understudy.runtime.cache import cache_directory, is_ours, note_use
+from understudy.runtime.log import get_logger
 from understudy.runtime.model.model_digest import model_digest
 from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.operations import kernels_name
 from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
+from understudy.runtime.processor import processor_name
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence
 
@@ -53,6 +58,23 @@ def prove_exactness(model: Transformer, *, block_size: int) -> None:
                     f" ({int((expected != found).sum())} of {expected.numel()} numbers differ);"
                     " set numerics fast, and expect texts to change when requests move"
                 )
+
+
+def prove_exactness_once(model: Transformer, *, block_size: int, name: str) -> None:
+    """The same, unless a start before proved it; ``name`` holds all that the proof is about."""
+    digest = hashlib.sha256(f"{name}\n{processor_name()}\n{block_size}".encode()).hexdigest()
+    try:
+        mark = cache_directory() / f"exact-{digest[:32]}"
+        if is_ours(mark):
+            note_use(mark)
+            return
+    except OSError as error:
+        get_logger().warning(f"the proof of exactness cannot be kept: {error}")
+        prove_exactness(model, block_size=block_size)
+        return
+    prove_exactness(model, block_size=block_size)
+    with suppress(OSError):  # then the next start proves it again
+        mark.touch(mode=0o600)
 
 
 def numerics_class(

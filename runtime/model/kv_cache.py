@@ -13,7 +13,10 @@ Which block belongs to whom is the KV cache manager's business; here a slot is a
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import torch
@@ -74,14 +77,15 @@ class KVCache:
             self.layers = tuple(
                 LayerCache(
                     *(
-                        torch.zeros(each, dtype=kind, device=device)
+                        _zeros(each, kind, device)
                         for kind, each in shapes.items()
                         for _ in ("keys", "values")
                     )
                 )
                 for _ in range(config.num_layers)
             )
-        except RuntimeError as error:  # torch's OutOfMemoryError is one, on every device
+        # torch's OutOfMemoryError is a RuntimeError on every device.
+        except (RuntimeError, OSError, OverflowError) as error:
             needed = num_blocks * kv_block_bytes(config, block_size, dtype)
             raise ConfigurationError(
                 f"out of memory: the KV cache needs {needed // _MIB} MiB for {num_blocks} blocks; "
@@ -100,6 +104,17 @@ class KVCache:
         for layer in self.layers:
             for tensor in layer.tensors:
                 tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take no memory on the CPU, and no time, before they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, count * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
 
 
 class KVCacheSize(NamedTuple):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from understudy.runtime.model.layers import DenseLinear, Linear
 from understudy.runtime.model.native.library import native_library
-from understudy.runtime.model.native.linear import NativeLinear, quantize_int8_natively
+from understudy.runtime.model.native.linear import (
+    NativeLinear,
+    Packed,
+    pack,
+    quantize_int8_natively,
+)
 from understudy.runtime.model.quantization import (
     Int4Linear,
     Int4Weight,
@@ -27,8 +34,11 @@ def make_linear(
     quantization: Quantization,
     dtype: torch.dtype,
     device: torch.device,
+    keep: Callable[[Packed], None] | None = None,
 ) -> Linear:
     """A linear for rows of ``dtype``; ``quantization`` is of a weight in floating point.
+
+    ``keep`` is given what was packed, if it was.
 
     Raises:
         ValueError: the weight cannot be quantised.
@@ -44,7 +54,10 @@ def make_linear(
     if isinstance(weight, Int4Weight):
         return Int4Linear(weight, bias, dtype=dtype)
     if library is not None:
-        return NativeLinear(library, weight, bias)
+        packed = pack(library, weight)
+        if keep is not None:
+            keep(packed)
+        return NativeLinear(library, packed, bias)
     if isinstance(weight, Int8Weight):
         return Int8Linear(weight, bias, dtype=dtype)
     return DenseLinear(weight.to(device, dtype), bias)

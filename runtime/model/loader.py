@@ -1,13 +1,13 @@
 """From a Hugging Face model directory to a model that runs.
 
 Checks everything that can be checked before the first weight is read: config, headers, names,
-shapes, memory. Fails with one line a problem. Knows the names that transformers gives to tensors;
-nothing else in the system does.
+shapes, memory. Fails with one line a problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
@@ -24,6 +24,8 @@ from understudy.runtime.model.memory import available_memory
 from understudy.runtime.model.native.attention import NativeAttention
 from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.packed_cache import PackedCache
+from understudy.runtime.model.parts import LayerParts, Part, all_parts, matrices_of, outer_parts
 from understudy.runtime.model.quantization_config import (
     CheckpointQuantization,
     KVCacheDtype,
@@ -65,18 +67,6 @@ _KINDS: Final[Mapping[WeightFormat, Quantization | None]] = MappingProxyType(
 """What a stored form runs as; ``None`` is floating point, and may be quantised."""
 
 
-class _Part(NamedTuple):
-    """A tensor of the checkpoint, and the shape that the config gives it."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def module(self) -> str:
-        """What the matrix belongs to, under whose name a quantised one has its parts."""
-        return self.name.removesuffix(".weight")
-
-
 def load_model(
     directory: Path,
     *,
@@ -102,15 +92,19 @@ def load_model(
     kv_dtype = _kv_dtype(config, kv_cache_dtype, dtype, device)
     checkpoint = Checkpoint.open(directory)
     bytes_total = _check_tensors(directory, config, checkpoint)
-    stored = checkpoint.tensors[_outer_parts(config)[0].name].dtype
+    stored = checkpoint.tensors[outer_parts(config)[0].name].dtype
     kept = kept_dtype(stored, dtype=dtype, device=device)
     needed = _weight_bytes(config, kept, quantization)
     _check_memory(directory, needed, device)
     making = _Making(dtype, device, quantization, config.quantization)
-    reader = _Reader(directory, checkpoint, making, _Meter(bytes_total, progress))
+    library = native_library(device, dtype)
+    packed = None if library is None else PackedCache.of(directory, making.form, library)
+    reader = _Reader(directory, checkpoint, making, _Meter(bytes_total, progress), packed)
     try:
         with torch.inference_mode():
             weights = _model_weights(config, reader)
+            if packed is not None:
+                packed.keep()
             return Transformer(config, weights, numerics=numerics, kv_dtype=kv_dtype)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(directory, needed, device) from error
@@ -154,30 +148,41 @@ class _Making(NamedTuple):
     quantization: Quantization
     stored: CheckpointQuantization | None
 
+    @property
+    def form(self) -> str:
+        """What the weights become, but for what the checkpoint says of itself."""
+        return f"{self.dtype} {self.quantization}"
+
 
 class _Reader:
     """Reads tensors of the checkpoint into weights on one device."""
 
     def __init__(
-        self, directory: Path, checkpoint: Checkpoint, making: _Making, meter: _Meter
+        self,
+        directory: Path,
+        checkpoint: Checkpoint,
+        making: _Making,
+        meter: _Meter,
+        packed: PackedCache | None,
     ) -> None:
         self._directory = directory
         self._checkpoint = checkpoint
         self._making = making
         self._meter = meter
+        self._packed = packed
 
-    def tensor(self, *parts: _Part) -> Tensor:
+    def tensor(self, *parts: Part) -> Tensor:
         """Several tensors as one, joined along their first dimension."""
         return self._joined(parts, self._making.dtype)
 
-    def matrix(self, *parts: _Part) -> Tensor:
+    def matrix(self, *parts: Part) -> Tensor:
         """The same, in the dtype that a matrix is kept in."""
         making = self._making
         stored = {self._checkpoint.tensors[part.name].dtype for part in parts}
         widest = stored.pop() if len(stored) == 1 else making.dtype
         return self._joined(parts, kept_dtype(widest, dtype=making.dtype, device=making.device))
 
-    def _joined(self, parts: tuple[_Part, ...], dtype: torch.dtype) -> Tensor:
+    def _joined(self, parts: tuple[Part, ...], dtype: torch.dtype) -> Tensor:
         device = self._making.device
         if len(parts) == 1 and self._checkpoint.tensors[parts[0].name].dtype == dtype:
             self._meter.add(self._checkpoint.tensors[parts[0].name].num_bytes)
@@ -190,127 +195,79 @@ class _Reader:
             self._meter.add(self._checkpoint.tensors[part.name].num_bytes)
         return tensor
 
-    def linear(self, weights: list[_Part], biases: list[_Part]) -> Linear:
+    def linear(self, weights: list[Part], biases: list[Part]) -> Linear:
         """One matrix from several, with their biases if there are any."""
         bias = self.tensor(*biases) if biases else None
+        kept = self._kept(weights, bias)
+        if kept is not None:
+            stored = [self._checkpoint.tensors.get(part.name) for part in weights]
+            self._meter.add(sum(each.num_bytes for each in stored if each is not None))
+            return kept
         try:
-            stored = self._making.stored
-            if stored is None or not stored.covers(weights[0].module):
-                return self._linear(self.matrix(*weights), bias)
-            parts = [self._matrix(stored, part) for part in weights]
-            return self._linear(join(parts), bias)
+            return self._linear(weights[0].name, self._weight(weights), bias)
         except ValueError as error:
             raise ConfigurationError(f"{self._directory}: {weights[0].module}: {error}") from error
 
-    def lm_head(self, weight: Tensor | _Part) -> Linear:
+    def _weight(self, parts: list[Part]) -> Weight:
+        stored = self._making.stored
+        if stored is None or not stored.covers(parts[0].module):
+            return self.matrix(*parts)
+        return join([self._matrix(stored, part) for part in parts])
+
+    def _kept(self, parts: list[Part], bias: Tensor | None) -> Linear | None:
+        """A linear as an earlier start laid it out."""
+        if self._packed is None:
+            return None
+        outputs = sum(part.shape[0] for part in parts)
+        packed = self._packed.get(parts[0].name, outputs, parts[0].shape[1])
+        return None if packed is None else self._packed.linear(packed, bias)
+
+    def lm_head(self, part: Part, tied: Tensor | None) -> Linear:
         """The output embedding; 8 bits are the least that it is quantised to.
 
         It decides directly about each token, and in 4 bits it would cost more quality than all
-        other matrices.
+        other matrices. ``tied`` is the input embedding, if that is this one as well.
         """
         making = self._making
         if making.quantization == "int4":
             making = making._replace(quantization="int8")
-        reader = _Reader(self._directory, self._checkpoint, making, self._meter)
-        if isinstance(weight, Tensor):
-            return reader._linear(weight, None)
-        return reader.linear([weight], [])
+        reader = _Reader(self._directory, self._checkpoint, making, self._meter, self._packed)
+        if tied is None:
+            return reader.linear([part], [])
+        return reader._kept([part], None) or reader._linear(part.name, tied, None)
 
-    def _matrix(self, stored: CheckpointQuantization, part: _Part) -> Weight:
+    def _matrix(self, stored: CheckpointQuantization, part: Part) -> Weight:
         weight = read_matrix(self._checkpoint, stored, part.module, part.shape)
         for each in stored_parts(stored, part.module, part.shape):
             if each.name in self._checkpoint.tensors:
                 self._meter.add(self._checkpoint.tensors[each.name].num_bytes)
         return weight
 
-    def _linear(self, weight: Weight, bias: Tensor | None) -> Linear:
-        making = self._making
+    def _linear(self, name: str, weight: Weight, bias: Tensor | None) -> Linear:
+        making, packed = self._making, self._packed
         return make_linear(
             weight,
             bias,
             quantization=making.quantization,
             dtype=making.dtype,
             device=making.device,
+            keep=None if packed is None else partial(packed.add, name),
         )
-
-
-class _LayerParts:
-    """The tensors of one layer, by their names in the checkpoint."""
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        prefix = f"model.layers.{index}."
-        hidden, inner = config.hidden_size, config.intermediate_size
-        queries, keys = (
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        )
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        projections = (
-            (f"{attention}q_proj", queries),
-            (f"{attention}k_proj", keys),
-            (f"{attention}v_proj", keys),
-        )
-        self.attention_norm = _Part(f"{prefix}input_layernorm.weight", (hidden,))
-        self.mlp_norm = _Part(f"{prefix}post_attention_layernorm.weight", (hidden,))
-        self.qkv = [_Part(f"{name}.weight", (size, hidden)) for name, size in projections]
-        self.qkv_bias = (
-            [_Part(f"{name}.bias", (size,)) for name, size in projections]
-            if config.attention_bias
-            else []
-        )
-        self.qk_norm = (
-            [
-                _Part(f"{attention}{name}.weight", (config.head_dim,))
-                for name in ("q_norm", "k_norm")
-            ]
-            if config.qk_norm
-            else []
-        )
-        self.output = [_Part(f"{attention}o_proj.weight", (hidden, queries))]
-        self.output_bias = (
-            [_Part(f"{attention}o_proj.bias", (hidden,))] if config.attention_output_bias else []
-        )
-        gates = (f"{mlp}gate_proj", f"{mlp}up_proj")
-        self.gate_up = [_Part(f"{name}.weight", (inner, hidden)) for name in gates]
-        self.down = [_Part(f"{mlp}down_proj.weight", (hidden, inner))]
-        self.gate_up_bias = (
-            [_Part(f"{name}.bias", (inner,)) for name in gates] if config.mlp_bias else []
-        )
-        self.down_bias = [_Part(f"{mlp}down_proj.bias", (hidden,))] if config.mlp_bias else []
-
-    @property
-    def matrices(self) -> tuple[list[_Part], ...]:
-        """What linears multiply with; those that become one are in one list."""
-        return (self.qkv, self.output, self.gate_up, self.down)
-
-    def __iter__(self) -> Iterator[_Part]:
-        yield from (self.attention_norm, self.mlp_norm)
-        yield from (*self.qkv, *self.qkv_bias, *self.qk_norm, *self.output, *self.output_bias)
-        yield from (*self.gate_up, *self.gate_up_bias, *self.down, *self.down_bias)
-
-
-def _outer_parts(config: ModelConfig) -> tuple[_Part, _Part, _Part]:
-    """Embedding, last norm and output embedding; tied, the last is the first again."""
-    shape = (config.vocab_size, config.hidden_size)
-    embedding = _Part("model.embed_tokens.weight", shape)
-    head = embedding if config.tie_word_embeddings else _Part("lm_head.weight", shape)
-    return embedding, _Part("model.norm.weight", (config.hidden_size,)), head
 
 
 def _model_weights(config: ModelConfig, reader: _Reader) -> ModelWeights:
-    embedding_part, norm_part, head_part = _outer_parts(config)
+    embedding_part, norm_part, head_part = outer_parts(config)
     embedding = reader.matrix(embedding_part)
     layers = tuple(
-        _layer_weights(config, _LayerParts(config, index), reader)
+        _layer_weights(config, LayerParts(config, index), reader)
         for index in range(config.num_layers)
     )
     norm = reader.tensor(norm_part)
-    if config.tie_word_embeddings:
-        return ModelWeights(embedding, layers, norm, reader.lm_head(embedding))
-    return ModelWeights(embedding, layers, norm, reader.lm_head(head_part))
+    tied = embedding if config.tie_word_embeddings else None
+    return ModelWeights(embedding, layers, norm, reader.lm_head(head_part, tied))
 
 
-def _layer_weights(config: ModelConfig, parts: _LayerParts, reader: _Reader) -> LayerWeights:
+def _layer_weights(config: ModelConfig, parts: LayerParts, reader: _Reader) -> LayerWeights:
     qk_norm = None
     if parts.qk_norm:
         query_norm, key_norm = reader.tensor(*parts.qk_norm).view(2, config.head_dim)
@@ -331,26 +288,12 @@ def _layer_weights(config: ModelConfig, parts: _LayerParts, reader: _Reader) -> 
     )
 
 
-def _matrices(config: ModelConfig) -> Iterator[list[_Part]]:
-    """All that linears multiply with, but a tied output embedding."""
-    for index in range(config.num_layers):
-        yield from _LayerParts(config, index).matrices
-    if not config.tie_word_embeddings:
-        yield [_outer_parts(config)[2]]
-
-
-def _all_parts(config: ModelConfig) -> Iterator[_Part]:
-    yield from dict.fromkeys(_outer_parts(config))
-    for index in range(config.num_layers):
-        yield from _LayerParts(config, index)
-
-
 def _expected_parts(config: ModelConfig) -> Iterator[StoredPart]:
     """What the checkpoint must or may have; raise ConfigurationError if it cannot be quantised."""
     stored = config.quantization
     quantized: set[str] = set()
     problems = []
-    for parts in _matrices(config) if stored is not None else ():
+    for parts in matrices_of(config) if stored is not None else ():
         assert stored is not None
         covered = [part for part in parts if stored.covers(part.module)]
         if covered and covered != parts:
@@ -364,7 +307,7 @@ def _expected_parts(config: ModelConfig) -> Iterator[StoredPart]:
                 problems.append(f"quantization_config: {part.module}: {error}")
     if problems:
         raise ConfigurationError(*_first_lines(problems, "quantization_config"))
-    for part in _all_parts(config):
+    for part in all_parts(config):
         if part.name not in quantized:
             yield StoredPart(part.name, (part.shape,), FLOATS)
 
@@ -418,7 +361,7 @@ def _zero_biases(
     """Biases that GPTQ's tools write for linears that have none; they are zero, and are checked."""
     if config.quantization is None or config.quantization.format != "gptq":
         return set()
-    names = (f"{part.module}.bias" for parts in _matrices(config) for part in parts)
+    names = (f"{part.module}.bias" for parts in matrices_of(config) for part in parts)
     extra = [name for name in names if name in checkpoint.tensors and name not in expected]
     return {name for name in extra if not bool(checkpoint.stored(name).any())}
 
@@ -464,9 +407,9 @@ def _first_lines(problems: list[str], place: object) -> list[str]:
 
 def _weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantization) -> int:
     """Bytes that the loaded weights take; a tied output embedding is laid out a second time."""
-    matrices = {part for parts in _matrices(config) for part in parts}
-    head = _outer_parts(config)[2]
-    others = [part for part in _all_parts(config) if part not in matrices]
+    matrices = {part for parts in matrices_of(config) for part in parts}
+    head = outer_parts(config)[2]
+    others = [part for part in all_parts(config) if part not in matrices]
     num_bytes = sum(torch.Size(part.shape).numel() for part in others) * dtype.itemsize
     for part in {*matrices, head}:
         stored = config.quantization

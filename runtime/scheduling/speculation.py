@@ -9,15 +9,17 @@ equality in the place of rejection sampling, since the noise of every position i
     known      … the quick          drawn      brown fox  jumps on
     draft              brown fox  jumped                  ╰── the first that differs still counts
 
-How long drafts should be is decided before every step, from two things that are measured: how
-often guesses at each place come true, request by request, and what a step costs by its number of
-tokens. The best depth brings the most tokens a second; 0, if guessing does not pay.
+Where an answer repeats what stood there before, looking it up guesses best, and for nothing; where
+it does not, a draft model may be asked. Who is believed, and how far, is decided before every step
+from two things that are measured: how often guesses of each kind come true at each place, request
+by request, and what a step costs by its number of tokens. The best depth brings the most tokens a
+second; 0, if guessing does not pay.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from understudy.runtime.scheduling.decision import Draws, StepPlan
@@ -119,41 +121,103 @@ class Drafter(Protocol):
         ...
 
 
+class _Hopes:
+    """How often guesses of one kind came true, request by request, at each place of a draft."""
+
+    def __init__(self, depth_max: int) -> None:
+        self._by_request: dict[int, list[float]] = {}
+        """How often the guess at each place came true if all before it did."""
+        self._usual = [_HOPE] * depth_max
+        """The same over all requests: what a new one begins with."""
+
+    def of(self, request_id: int) -> list[float]:
+        """What to expect of each place."""
+        return self._by_request.get(request_id, self._usual)
+
+    def keep(self, request_ids: set[int]) -> None:
+        """Forget all others."""
+        for request_id in self._by_request.keys() - request_ids:
+            del self._by_request[request_id]
+
+    def learn(self, request_id: int, num_drafted: int, num_accepted: int) -> None:
+        """So many guesses came true."""
+        hopes = self._by_request.setdefault(request_id, list(self._usual))
+        for place in range(min(num_accepted + 1, num_drafted)):
+            came_true = float(place < num_accepted)
+            hopes[place] += _LEARNING_RATE * (came_true - hopes[place])
+            self._usual[place] += _LEARNING_RATE / 4 * (came_true - self._usual[place])
+
+    def revive(self, request_id: int) -> None:
+        """Nobody guessed: drift back to hope."""
+        hopes = self._by_request.setdefault(request_id, list(self._usual))
+        for place, hope in enumerate(hopes):
+            hopes[place] = hope + _FORGETTING_RATE * (_HOPE - hope)
+
+
+class _Work(NamedTuple):
+    """What the next step is to do so far, and what it is expected to bring."""
+
+    num_tokens: int
+    expected: float
+    draft_s: float = 0.0
+
+
 class Speculator:
     """Decides how long drafts are, and gets them.
 
     Args:
-        drafter: Who guesses.
+        lookup: Who guesses for nothing, and only where something stood there before.
+        drafter: Who guesses everywhere else; ``None``: nobody.
         depth_max: The longest draft.
         costs: For the best depth before every step; ``None``: drafts are always the longest.
     """
 
-    def __init__(self, drafter: Drafter, *, depth_max: int, costs: Costs | None) -> None:
+    def __init__(
+        self, lookup: Drafter, *, drafter: Drafter | None, depth_max: int, costs: Costs | None
+    ) -> None:
         assert depth_max > 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
+        self._lookup = lookup
         self._drafter = drafter
         self._depth_max = depth_max
         self._costs = costs
-        self._hopes: dict[int, list[float]] = {}
-        """By request: how often the guess at each place came true if all before it did."""
-        self._usual = [_HOPE] * depth_max
-        """The same over all requests: what a new one begins with."""
+        self._found = _Hopes(depth_max)
+        self._asked = _Hopes(depth_max)
+        self._looked_up: set[int] = set()
+        """Whose last draft was found."""
 
     def propose(self, sequences: Sequence[EngineSequence]) -> dict[int, list[int]]:
         """Drafts for the running sequences that have caught up, by request id."""
-        ready = [s for s in sequences if s.num_tokens == s.num_computed_tokens + 1]
         living = {sequence.request_id for sequence in sequences}
-        for request_id in self._hopes.keys() - living:
-            del self._hopes[request_id]
-        depth = self._depth([sequence.request_id for sequence in ready])
-        if depth == 0:
-            return {}
-        wanted = [
-            (sequence, min(depth, sequence.num_tokens_max - sequence.num_tokens - 1))
+        self._found.keep(living)
+        self._asked.keep(living)
+        ready = [s for s in sequences if s.num_tokens == s.num_computed_tokens + 1]
+        rooms = [
+            (sequence, room)
             for sequence in ready
+            if (room := min(self._depth_max, sequence.num_tokens_max - sequence.num_tokens - 1)) > 0
         ]
-        return self._drafter.propose([pair for pair in wanted if pair[1] > 0])
+        if not rooms:
+            return {}
+        found = self._lookup.propose(rooms)
+        for request_id in [each for each in found if not self._is_believed(each)]:
+            self._found.revive(request_id)
+            del found[request_id]
+        self._looked_up = set(found)
+        others = []
+        if self._drafter is not None:
+            others = [s.request_id for s, _ in rooms if s.request_id not in found]
+        depth, depth_of_others = self._depths(len(ready), list(found), others)
+        drafts = {request_id: draft[:depth] for request_id, draft in found.items() if depth > 0}
+        if self._drafter is not None and others and depth_of_others > 0:
+            drafts |= self._drafter.propose(
+                [
+                    (s, 0 if s.request_id in found else min(depth_of_others, room))
+                    for s, room in rooms
+                ]
+            )
+        return drafts
 
     def note(self, plan: StepPlan, draws: Draws, seconds: float) -> None:
         """A step was carried out: learn from it."""
@@ -162,95 +226,59 @@ class Speculator:
         for sequence, _, draft in plan.scheduled:
             drawn = draws.get(sequence.request_id)
             if draft and isinstance(drawn, tuple):
-                self._learn(sequence.request_id, len(draft), len(drawn) - 1)
+                self.num_draft_tokens += len(draft)
+                self.num_accepted_tokens += len(drawn) - 1
+                hopes = self._found if sequence.request_id in self._looked_up else self._asked
+                hopes.learn(sequence.request_id, len(draft), len(drawn) - 1)
 
-    def _learn(self, request_id: int, num_drafted: int, num_accepted: int) -> None:
-        self.num_draft_tokens += num_drafted
-        self.num_accepted_tokens += num_accepted
-        hopes = self._hopes.setdefault(request_id, list(self._usual))
-        for place in range(min(num_accepted + 1, num_drafted)):
-            came_true = float(place < num_accepted)
-            hopes[place] += _LEARNING_RATE * (came_true - hopes[place])
-            self._usual[place] += _LEARNING_RATE / 4 * (came_true - self._usual[place])
+    def _is_believed(self, request_id: int) -> bool:
+        """Whether what was found is as likely to come true as what the drafter would say."""
+        if self._drafter is None:
+            return True
+        return self._found.of(request_id)[0] >= self._asked.of(request_id)[0]
 
-    def _depth(self, request_ids: list[int]) -> int:
-        """The depth that brings the most tokens a second."""
+    def _depths(self, num_ready: int, found: list[int], asked: list[int]) -> tuple[int, int]:
+        """The depths that bring the most tokens a second: of drafts found, and of drafts asked for.
+
+        One is chosen after the other, what costs nothing first.
+        """
         if self._costs is None:
-            return self._depth_max
-        if not request_ids:
-            return 0
-        hopes = [self._hopes.get(request_id, self._usual) for request_id in request_ids]
-        num_drafts = len(request_ids)
-        survivals = [1.0] * num_drafts
-        expected = float(num_drafts)
-        best_depth, best_rate = 0, expected / self._costs.step.seconds(num_drafts, num_drafts)
-        draft_costs = self._costs.draft
-        for depth in range(1, self._depth_max + 1):
-            survivals = [s * hope[depth - 1] for s, hope in zip(survivals, hopes, strict=True)]
+            return self._depth_max, self._depth_max
+        costs = self._costs
+        work = _Work(num_ready, float(num_ready))
+        depths = []
+        for request_ids, hopes, draft in (
+            (found, self._found, None),
+            (asked, self._asked, costs.draft),
+        ):
+            best_depth, best, best_rate = 0, work, self._rate(num_ready, work)
+            for depth, more in enumerate(self._deeper(work, request_ids, hopes, draft), 1):
+                rate = self._rate(num_ready, more)
+                if rate > best_rate:
+                    best_depth, best, best_rate = depth, more, rate
+            if best_depth == 0:
+                for request_id in request_ids:
+                    hopes.revive(request_id)
+            work = best
+            depths.append(best_depth)
+        return depths[0], depths[1]
+
+    def _deeper(
+        self, work: _Work, request_ids: list[int], hopes: _Hopes, draft: DraftCosts | None
+    ) -> Iterator[_Work]:
+        """The work with drafts of one token for each of these, of two tokens, and so on."""
+        count = len(request_ids)
+        chances = [hopes.of(request_id) for request_id in request_ids]
+        survivals = [1.0] * count
+        expected = work.expected
+        for depth in range(1, self._depth_max + 1 if count else 1):
+            survivals = [s * each[depth - 1] for s, each in zip(survivals, chances, strict=True)]
             expected += sum(survivals)
-            num_tokens = num_drafts * (1 + depth)
-            seconds = self._costs.step.seconds(num_drafts, num_tokens)
-            if draft_costs is not None:
-                seconds += draft_costs.seconds(num_drafts, depth)
-            if expected / seconds > best_rate:
-                best_depth, best_rate = depth, expected / seconds
-        if best_depth == 0:
-            self._hope_again(request_ids)
-        return best_depth
+            seconds = 0.0 if draft is None else draft.seconds(count, depth)
+            yield _Work(work.num_tokens + count * depth, expected, work.draft_s + seconds)
 
-    def _hope_again(self, request_ids: list[int]) -> None:
-        for request_id in request_ids:
-            hopes = self._hopes.setdefault(request_id, list(self._usual))
-            for place, hope in enumerate(hopes):
-                hopes[place] = hope + _FORGETTING_RATE * (_HOPE - hope)
-
-
-class NgramDrafter:
-    """Guesses that what followed the last few tokens before follows them again (prompt lookup).
-
-    Costs next to nothing, and comes true where an answer repeats its prompt or itself: code that
-    is edited, documents that are quoted, loops.
-    """
-
-    _SIZES: Final = (4, 3, 2)
-    """Longer contexts are tried first; a single token says too little."""
-
-    def __init__(self) -> None:
-        self._indices: dict[int, _NgramIndex] = {}
-
-    def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
-        """See ``Drafter``."""
-        kept = {sequence.request_id for sequence, _ in wanted}
-        for request_id in self._indices.keys() - kept:
-            del self._indices[request_id]
-        drafts: dict[int, list[int]] = {}
-        for sequence, depth in wanted:
-            index = self._indices.setdefault(sequence.request_id, _NgramIndex(self._SIZES))
-            draft = index.look_up(sequence.token_ids, depth)
-            if draft:
-                drafts[sequence.request_id] = draft
-        return drafts
-
-
-class _NgramIndex:
-    """Where in one sequence each few tokens were followed by something, the last time."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._places: dict[int, dict[tuple[int, ...], int]] = {size: {} for size in sizes}
-        self._num_indexed = 0
-
-    def look_up(self, tokens: list[int], depth: int) -> list[int]:
-        """What followed the last tokens when they were there before; nothing if they were not."""
-        # The last token is followed by nothing yet.
-        for end in range(self._num_indexed + 1, len(tokens)):
-            for size, places in self._places.items():
-                if end >= size:
-                    places[tuple(tokens[end - size : end])] = end
-        self._num_indexed = max(self._num_indexed, len(tokens) - 1)
-        for size, places in self._places.items():
-            end_before = places.get(tuple(tokens[-size:])) if len(tokens) > size else None
-            if end_before is not None:
-                # Behind the end of what is known, the guess goes on with itself.
-                period = len(tokens) - end_before
-                return [tokens[end_before + place % period] for place in range(depth)]
-        return []
+    def _rate(self, num_sequences: int, work: _Work) -> float:
+        """Tokens a second."""
+        assert self._costs is not None
+        step_s = self._costs.step.seconds(num_sequences, work.num_tokens)
+        return work.expected / (step_s + work.draft_s)

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from understudy.runtime.cache import cache_directory, is_ours
+from understudy.runtime.cache import cache_directory, is_ours, note_use
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.native.structures import FLOAT, LONG, POINTER
 from understudy.runtime.processor import processor_features
@@ -143,6 +143,7 @@ def _compiled(compiler: str) -> Path:
         if not is_ours(path):
             get_logger().info("native kernels: compiling, once for this machine", compiler=compiler)
             _compile(compiler, path)
+    note_use(path)
     return path
 
 

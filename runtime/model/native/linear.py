@@ -28,13 +28,9 @@ class NativeLinear:
     integers, as ``Int8Linear``, whose bits it gives: quantised, multiplied and scaled in one call.
     """
 
-    def __init__(self, library: Library, weight: Tensor | Int8Weight, bias: Tensor | None) -> None:
-        """Take ``weight`` ``[out, in]``, a tensor of float32 or bfloat16, ``bias`` ``[out]``."""
-        if isinstance(weight, Int8Weight):
-            packed, shape = _pack_int8(library, weight), weight.values.shape
-        else:
-            packed, shape = _pack(library, weight), weight.shape
-        self._out_features, in_features = shape
+    def __init__(self, library: Library, packed: Packed, bias: Tensor | None) -> None:
+        """``bias`` is ``[out]``."""
+        self._out_features = packed.outputs
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         self._tensors = (packed, bias)
         self.matrix = Matrix(
@@ -42,8 +38,8 @@ class NativeLinear:
             start=address(packed.start),
             scales=address(packed.scales),
             bias=address(bias),
-            inputs=in_features,
-            outputs=self._out_features,
+            inputs=packed.inputs,
+            outputs=packed.outputs,
             kind=packed.kind,
         )
         self._reference = ctypes.byref(self.matrix)
@@ -60,35 +56,58 @@ class NativeLinear:
         """Any number of rows: each one's sums are made in the same order."""
 
 
-class _Packed(NamedTuple):
+class Packed(NamedTuple):
     """A weight as the kernels read it."""
 
+    outputs: int
+    inputs: int
     panels: Tensor
-    start: Tensor | None
-    scales: Tensor | None
-    kind: int
+    """``[panels, inputs, 32]``; inputs of 8 bits are filled up to a multiple of 4."""
+    start: Tensor | None = None
+    """Of integers, what the sum of each output starts with, ``[panels · 32]``, int32."""
+    scales: Tensor | None = None
+    """Of integers, what the sum of each output is multiplied with, ``[outputs]``."""
+
+    @property
+    def kind(self) -> int:
+        """Which kernel it is for."""
+        return {torch.int8: INTEGER, torch.bfloat16: BRAIN, torch.float32: WIDE}[self.panels.dtype]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the tensors are as large as the kernels take them to be."""
+        num_panels = -(-self.outputs // _PANEL)
+        is_integer = self.kind == INTEGER
+        width = -(-self.inputs // 4) * 4 if is_integer else self.inputs
+        shapes = [
+            None if tensor is None else tuple(tensor.shape) for tensor in (self.start, self.scales)
+        ]
+        wanted = [(num_panels * _PANEL,), (self.outputs,)] if is_integer else [None, None]
+        return tuple(self.panels.shape) == (num_panels, width, _PANEL) and shapes == wanted
 
 
-def _pack(library: Library, weight: Tensor) -> _Packed:
-    panels = _empty_panels(library, weight)
-    out_features, in_features = weight.shape
+def pack(library: Library, weight: Tensor | Int8Weight) -> Packed:
+    """Lay out a weight ``[out, in]``: of float32, bfloat16, or quantised."""
+    if isinstance(weight, Int8Weight):
+        return _pack_int8(library, weight)
+    outputs, inputs = weight.shape
+    panels = on_large_pages(library, (-(-outputs // _PANEL), inputs, _PANEL), weight.dtype)
     is_brain = weight.dtype == torch.bfloat16
-    pack = library.functions.pack_brain if is_brain else library.functions.pack_float
+    function = library.functions.pack_brain if is_brain else library.functions.pack_float
     weight = weight.contiguous()
-    pack(address(weight), address(panels), in_features, out_features)
-    return _Packed(panels, None, None, BRAIN if is_brain else WIDE)
+    function(address(weight), address(panels), inputs, outputs)
+    return Packed(outputs, inputs, panels)
 
 
-def _pack_int8(library: Library, weight: Int8Weight) -> _Packed:
-    out_features, in_features = weight.values.shape
-    panels = _empty_panels(library, weight.values, in_multiple=4)
+def _pack_int8(library: Library, weight: Int8Weight) -> Packed:
+    outputs, inputs = weight.values.shape
+    width = -(-inputs // 4) * 4
+    panels = on_large_pages(library, (-(-outputs // _PANEL), width, _PANEL), torch.int8)
     start = torch.empty(len(panels) * _PANEL, dtype=torch.int32)
     values = weight.values.contiguous()
-    library.functions.pack_int8(
-        address(values), address(panels), address(start), in_features, out_features
-    )
+    library.functions.pack_int8(address(values), address(panels), address(start), inputs, outputs)
     # A row's scale is a 127th of its largest magnitude; the 127th is taken once, here.
-    return _Packed(panels, start, (weight.scales / LEVELS_INT8).contiguous(), INTEGER)
+    return Packed(outputs, inputs, panels, start, (weight.scales / LEVELS_INT8).contiguous())
 
 
 def quantize_int8_natively(library: Library, weight: Tensor) -> Int8Weight:
@@ -108,10 +127,8 @@ def quantize_int8_natively(library: Library, weight: Tensor) -> Int8Weight:
     return Int8Weight(values, scales)
 
 
-def _empty_panels(library: Library, weight: Tensor, *, in_multiple: int = 1) -> Tensor:
-    out_features, in_features = weight.shape
-    num_panels = -(-out_features // _PANEL)
-    width = -(-in_features // in_multiple) * in_multiple
-    panels = torch.empty(num_panels, width, _PANEL, dtype=weight.dtype)
-    library.functions.use_large_pages(address(panels), panels.nbytes)
-    return panels
+def on_large_pages(library: Library, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that is read faster than any other, with anything in it."""
+    tensor = torch.empty(shape, dtype=dtype)
+    library.functions.use_large_pages(address(tensor), tensor.nbytes)
+    return tensor

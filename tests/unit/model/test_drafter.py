@@ -13,13 +13,13 @@ from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.model.drafter import ModelDrafter
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
+from understudy.runtime.scheduling.prompt_lookup import NgramDrafter
 from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
 from understudy.runtime.scheduling.speculation import (
     Costs,
     CostTable,
     DraftCosts,
     Drafter,
-    NgramDrafter,
     Speculator,
     StepCosts,
 )
@@ -48,6 +48,19 @@ def drafter_of(model: Transformer) -> ModelDrafter:
     return ModelDrafter(runner, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
 
 
+def speculator_of(
+    drafter: Drafter, *, lookup: Drafter | None = None, depth_max: int, costs: Costs | None = None
+) -> Speculator:
+    return Speculator(lookup or Silent(), drafter=drafter, depth_max=depth_max, costs=costs)
+
+
+class Silent:
+    """Guesses nothing."""
+
+    def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
+        return {}
+
+
 class Liar:
     """Guesses wrong half of the time, by the oracle's answers."""
 
@@ -71,7 +84,7 @@ def truth(model_of: LoadModel) -> Service:
 
 
 @pytest.mark.parametrize("depth", range(1, 9))
-@pytest.mark.parametrize("method", ["same model", "other model", "ngram", "liar"])
+@pytest.mark.parametrize("method", ["same model", "other model", "ngram", "liar", "both"])
 def test_no_draft_of_any_depth_changes_a_text(
     model_of: LoadModel, truth: Service, method: str, depth: int
 ) -> None:
@@ -81,8 +94,10 @@ def test_no_draft_of_any_depth_changes_a_text(
         "other model": drafter_of(model_of("qwen3", torch.float32, "fast")),
         "ngram": NgramDrafter(),
         "liar": Liar(truth),
+        "both": drafter_of(model_of("qwen3", torch.float32, "fast")),
     }
-    speculator = Speculator(drafters[method], depth_max=depth, costs=None)
+    lookup = NgramDrafter() if method == "both" else None
+    speculator = speculator_of(drafters[method], lookup=lookup, depth_max=depth)
     assert serve(model, requests(), speculator=speculator).served == truth.served
     assert speculator.num_draft_tokens > 0
 
@@ -93,7 +108,7 @@ def test_the_model_itself_guesses_right(model_of: LoadModel, depth: int, native:
     model = model_of("llama", torch.float32, "exact", native=native)
     # Guessed at once, the likeliest are not singled out.
     asked = [request for request in requests() if not native or request.params.top_k == 0]
-    speculator = Speculator(drafter_of(model), depth_max=depth, costs=None)
+    speculator = speculator_of(drafter_of(model), depth_max=depth)
     assert serve(model, asked, speculator=speculator).served == serve(model, asked).served
     assert speculator.num_accepted_tokens == speculator.num_draft_tokens > 0
 
@@ -102,14 +117,14 @@ def test_an_adaptive_depth_changes_no_text(model_of: LoadModel, truth: Service) 
     model = model_of("llama", torch.float32, "exact")
     draft_costs = DraftCosts(CostTable([(1, 1e-5)]), CostTable([(1, 1e-6)]))
     costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.05)])), draft_costs)
-    speculator = Speculator(drafter_of(model), depth_max=8, costs=costs)
+    speculator = speculator_of(drafter_of(model), depth_max=8, costs=costs)
     assert serve(model, requests(), speculator=speculator).served == truth.served
     assert speculator.num_accepted_tokens > 0
 
 
 def test_drafts_change_no_text_where_blocks_are_short(model_of: LoadModel, truth: Service) -> None:
     model = model_of("llama", torch.float32, "exact")
-    speculator = Speculator(drafter_of(model), depth_max=4, costs=None)
+    speculator = speculator_of(drafter_of(model), depth_max=4)
     tight = serve(
         model, requests(), speculator=speculator, num_blocks=14, max_num_batched_tokens=16
     )

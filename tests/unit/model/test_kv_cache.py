@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,16 @@ def test_without_a_budget_a_share_of_what_is_available_is_taken(
 def test_a_cache_that_cannot_be_allocated_is_one_line(config: ModelConfig) -> None:
     with pytest.raises(ConfigurationError, match="out of memory: the KV cache needs"):
         KVCache(config, num_blocks=1 << 44, block_size=16, dtype=torch.float32, device=CPU)
+
+
+def test_a_cache_takes_memory_as_it_is_written(config: ModelConfig) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident_bytes()
+    num_blocks = (1 << 30) // BLOCK_BYTES
+    cache = KVCache(config, num_blocks=num_blocks, block_size=16, dtype=torch.float32, device=CPU)
+    assert resident_bytes() - before < 256 << 20
+    assert not cache.layers[0].keys[-1].any()
+    cache.layers[0].keys[:] = 1.0
+    assert resident_bytes() - before >= cache.layers[0].keys.nbytes

@@ -11,7 +11,12 @@ from torch import Tensor
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.unit.model.conftest import CPU, LoadModel
 from understudy.protocol.errors import ConfigurationError
-from understudy.runtime.model.exactness import numerics_class, prove_exactness
+from understudy.runtime.model import exactness
+from understudy.runtime.model.exactness import (
+    numerics_class,
+    prove_exactness,
+    prove_exactness_once,
+)
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.model_digest import SAMPLE_BYTES, SAMPLE_EVERY_BYTES, model_digest
 from understudy.runtime.model.operations import kernels_name
@@ -62,6 +67,34 @@ def test_the_proof_leaves_nothing_behind(model_of: LoadModel) -> None:
     before = set(vars(model))
     prove_exactness(model, block_size=16)
     assert set(vars(model)) == before
+
+
+def test_a_proof_holds_for_the_next_start_and_for_nothing_else(
+    model_of: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exactness, "cache_directory", lambda: tmp_path)
+    proved = []
+    monkeypatch.setattr(
+        exactness, "prove_exactness", lambda _, *, block_size: proved.append(block_size)
+    )
+    model = model_of("llama", torch.float32, "exact")
+    for name, block_size in (("a", 16), ("a", 16), ("b", 16), ("a", 8)):
+        prove_exactness_once(model, block_size=block_size, name=name)
+    assert proved == [16, 16, 8]
+
+
+def test_what_was_not_proved_is_tried_again(
+    model_of: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Transformer, *, block_size: int) -> None:
+        raise ConfigurationError(f"not exact in blocks of {block_size}")
+
+    monkeypatch.setattr(exactness, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(exactness, "prove_exactness", fail)
+    model = model_of("llama", torch.float32, "exact")
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="not exact"):
+            prove_exactness_once(model, block_size=16, name="a")
 
 
 def test_models_have_one_digest_as_long_as_their_bytes_are_the_same(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from understudy.runtime.cache import cache_directory, is_ours
+from understudy.runtime.cache import cache_directory, is_ours, note_use, remove_unused
 
 
 def test_the_cache_is_where_systemd_says_or_else_the_users(
@@ -34,3 +36,18 @@ def test_a_link_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PermissionError, match="remove it"):
         is_ours(tmp_path / "link")
+
+
+def test_what_was_of_no_use_for_a_month_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
+    old = time.time() - 31 * 86400
+    for name in ("costs-unused", "costs-used", "costs-new", "somebody-elses"):
+        (tmp_path / name).touch()
+    for name in ("costs-unused", "costs-used", "somebody-elses"):
+        os.utime(tmp_path / name, (old, old))
+    note_use(tmp_path / "costs-used")
+    remove_unused()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["costs-new", "costs-used", "somebody-elses"]

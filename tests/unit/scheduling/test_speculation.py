@@ -14,7 +14,7 @@ from understudy.runtime.scheduling.speculation import (
     Costs,
     CostTable,
     DraftCosts,
-    NgramDrafter,
+    Drafter,
     Speculator,
     StepCosts,
 )
@@ -35,7 +35,27 @@ class Oracle:
 
     def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
         self.depths = [depth for _, depth in wanted]
-        return {sequence.request_id: list(range(1, 1 + depth)) for sequence, depth in wanted}
+        return {
+            sequence.request_id: list(range(1, 1 + depth)) for sequence, depth in wanted if depth
+        }
+
+
+class Finder:
+    """Finds 1, 2, 3 … for some requests, and nothing for others."""
+
+    def __init__(self, *request_ids: int) -> None:
+        self.request_ids = request_ids
+
+    def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
+        return {
+            sequence.request_id: list(range(1, 1 + depth))
+            for sequence, depth in wanted
+            if sequence.request_id in self.request_ids
+        }
+
+
+def speculator_of(drafter: Drafter, *, depth_max: int, costs: Costs | None) -> Speculator:
+    return Speculator(Finder(), drafter=drafter, depth_max=depth_max, costs=costs)
 
 
 def play(
@@ -89,26 +109,26 @@ def test_what_was_seen_counts_more_than_the_profile_and_sets_the_pace_of_the_res
 
 
 def test_a_fixed_depth_is_the_most() -> None:
-    speculator = Speculator(Oracle(), depth_max=5, costs=None)
+    speculator = speculator_of(Oracle(), depth_max=5, costs=None)
     assert play(speculator, make_sequence([1, 2]), accepted=0) == 5
 
 
 def test_guessing_goes_far_where_guesses_come_true_and_cost_nothing() -> None:
-    speculator = Speculator(Oracle(), depth_max=6, costs=free_steps())
+    speculator = speculator_of(Oracle(), depth_max=6, costs=free_steps())
     sequence = make_sequence([1, 2])
     depths = [play(speculator, sequence, accepted=6) for _ in range(50)]
     assert depths[-1] == 6
 
 
 def test_guessing_ends_where_it_does_not_pay() -> None:
-    speculator = Speculator(Oracle(), depth_max=6, costs=dear_tokens())
+    speculator = speculator_of(Oracle(), depth_max=6, costs=dear_tokens())
     sequence = make_sequence([1, 2])
     depths = [play(speculator, sequence, accepted=0) for _ in range(100)]
     assert depths[20:].count(0) > 70
 
 
 def test_who_was_given_up_is_tried_again_some_day() -> None:
-    speculator = Speculator(Oracle(), depth_max=6, costs=free_steps())
+    speculator = speculator_of(Oracle(), depth_max=6, costs=free_steps())
     sequence = make_sequence([1, 2])
     for _ in range(60):
         play(speculator, sequence, accepted=0, token_s=0.003)
@@ -119,8 +139,8 @@ def test_who_was_given_up_is_tried_again_some_day() -> None:
 def test_a_dear_drafter_guesses_less_far_than_a_free_one() -> None:
     costs = CostTable([(1, 0.006)])
     free, dear = free_steps(), free_steps()._replace(draft=DraftCosts(costs, costs))
-    far = Speculator(Oracle(), depth_max=8, costs=free)
-    near = Speculator(Oracle(), depth_max=8, costs=dear)
+    far = speculator_of(Oracle(), depth_max=8, costs=free)
+    near = speculator_of(Oracle(), depth_max=8, costs=dear)
     sequence = make_sequence([1, 2])
     far_depths = [play(far, sequence, accepted=1) for _ in range(50)]
     near_depths = [play(near, sequence, accepted=1) for _ in range(50)]
@@ -129,7 +149,7 @@ def test_a_dear_drafter_guesses_less_far_than_a_free_one() -> None:
 
 def test_nobody_guesses_beyond_the_end_of_a_request() -> None:
     oracle = Oracle()
-    speculator = Speculator(oracle, depth_max=5, costs=None)
+    speculator = speculator_of(oracle, depth_max=5, costs=None)
     speculator.propose([make_sequence([1, 2], left=3), make_sequence([1], request_id=2, left=1)])
     assert oracle.depths == [2]
 
@@ -138,53 +158,86 @@ def test_nobody_guesses_for_who_has_not_caught_up() -> None:
     oracle = Oracle()
     sequence = make_sequence([1, 2, 3])
     sequence.num_computed_tokens = 1
-    assert Speculator(oracle, depth_max=5, costs=None).propose([sequence]) == {}
+    assert speculator_of(oracle, depth_max=5, costs=None).propose([sequence]) == {}
 
 
 def test_what_came_true_is_counted() -> None:
-    speculator = Speculator(Oracle(), depth_max=4, costs=None)
+    speculator = speculator_of(Oracle(), depth_max=4, costs=None)
     play(speculator, make_sequence([1, 2]), accepted=3)
     assert (speculator.num_draft_tokens, speculator.num_accepted_tokens) == (4, 3)
 
 
-# Lookup
+# Two who guess
 
 
-def guess(tokens: Sequence[int], depth: int = 4) -> list[int]:
-    return NgramDrafter().propose([(make_sequence(tokens), depth)]).get(1, [])
+def test_what_is_found_is_not_asked_for() -> None:
+    oracle = Oracle()
+    speculator = Speculator(Finder(2), drafter=oracle, depth_max=3, costs=None)
+    drafts = speculator.propose([make_sequence([1]), make_sequence([1], request_id=2)])
+    assert drafts == {1: [1, 2, 3], 2: [1, 2, 3]}
+    # The drafter hears of the other, so that it forgets nothing of it.
+    assert oracle.depths == [3, 0]
 
 
-def test_what_followed_before_is_guessed_to_follow_again() -> None:
-    assert guess([7, 1, 2, 3, 4, 5, 6, 9, 1, 2, 3]) == [4, 5, 6, 9]
+def test_without_a_drafter_there_is_what_is_found() -> None:
+    speculator = Speculator(Finder(2), drafter=None, depth_max=3, costs=None)
+    drafts = speculator.propose([make_sequence([1]), make_sequence([1], request_id=2)])
+    assert drafts == {2: [1, 2, 3]}
 
 
-def test_a_longer_context_is_trusted_more_and_the_latest_most() -> None:
-    assert guess([1, 2, 3, 8, 5, 2, 3, 9, 1, 2, 3], depth=1) == [8]
-    assert guess([2, 3, 8, 2, 3, 9, 2, 3], depth=1) == [9]
+def test_what_is_found_and_never_comes_true_gives_way_to_who_is_right_at_times() -> None:
+    oracle = Oracle()
+    speculator = Speculator(Finder(1), drafter=oracle, depth_max=3, costs=None)
+    sequence = make_sequence([1, 2])
+    was_asked = []
+    for step in range(600):
+        oracle.depths = []
+        draft = tuple(speculator.propose([sequence])[1])
+        was_asked.append(bool(oracle.depths))
+        drawn = (SampledToken(0),) * (4 if oracle.depths and step % 2 else 1)
+        plan = StepPlan(1, (ScheduledSequence(sequence, 4, draft),))
+        speculator.note(plan, {1: drawn}, 0.01)
+    assert not was_asked[0]
+    assert was_asked.count(True) > 400
+    # What was given up is tried again some day.
+    assert was_asked[-300:].count(False) > 0
 
 
-def test_a_loop_is_guessed_to_go_on() -> None:
-    assert guess([1, 2, 1, 2, 1, 2], depth=5) == [1, 2, 1, 2, 1]
+def test_depths_are_chosen_for_each_kind_of_guess() -> None:
+    """What is found costs only its check, which is nearly free here; asking costs a step."""
+    dear = CostTable([(1, 0.02), (8, 0.02)])
+    costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.012)])), DraftCosts(dear, dear))
+    oracle = Oracle()
+    speculator = Speculator(Finder(2), drafter=oracle, depth_max=4, costs=costs)
+    drafts = speculator.propose([make_sequence([1]), make_sequence([1], request_id=2)])
+    assert drafts == {2: [1, 2, 3, 4]}
+    assert oracle.depths == []
 
 
-def test_what_was_never_there_is_not_guessed() -> None:
-    assert guess([1, 2, 3, 4]) == []
-    assert guess([1]) == []
-
-
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 9))
-def test_an_index_that_grows_guesses_like_a_new_one(tokens: list[int], depth: int) -> None:
-    drafter = NgramDrafter()
-    sequence = make_sequence(tokens[:1])
-    for token in tokens[1:]:
-        sequence.token_ids.append(token)
-        grown = drafter.propose([(sequence, depth)]).get(1, [])
-        assert grown == guess(sequence.token_ids, depth)
-        assert len(grown) in {0, depth}
-
-
-def test_who_is_gone_is_forgotten() -> None:
-    drafter = NgramDrafter()
-    drafter.propose([(make_sequence([1, 2]), 1)])
-    drafter.propose([(make_sequence([1, 2], request_id=2), 1)])
-    assert list(drafter._indices) == [2]
+@given(
+    st.lists(st.sampled_from(["found", "asked"]), min_size=1, max_size=6),
+    st.integers(1, 6),
+    st.lists(st.integers(0, 6), min_size=1, max_size=30),
+    st.booleans(),
+)
+def test_drafts_are_never_longer_than_the_most(
+    kinds: list[str], depth_max: int, accepted: list[int], is_adaptive: bool
+) -> None:
+    finder = Finder(*(number for number, kind in enumerate(kinds) if kind == "found"))
+    speculator = Speculator(
+        finder, drafter=Oracle(), depth_max=depth_max, costs=free_steps() if is_adaptive else None
+    )
+    sequences = [make_sequence([1], request_id=number) for number in range(len(kinds))]
+    for count in accepted:
+        drafts = speculator.propose(sequences)
+        assert all(len(draft) <= depth_max for draft in drafts.values())
+        shares = []
+        for sequence in sequences:
+            draft = tuple(drafts.get(sequence.request_id, ()))
+            shares.append(ScheduledSequence(sequence, 1 + len(draft), draft))
+        draws = {
+            share.sequence.request_id: (SampledToken(0),) * (1 + min(count, len(share.draft)))
+            for share in shares
+        }
+        speculator.note(StepPlan(1, tuple(shares)), draws, 0.01)
+    assert speculator.num_accepted_tokens <= speculator.num_draft_tokens

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.model.native.kernels import compiled, needs_native
-from understudy.runtime.model.native.linear import NativeLinear, quantize_int8_natively
+from understudy.runtime.model.native.linear import NativeLinear, pack, quantize_int8_natively
 from understudy.runtime.model.quantization import (
     Int8Linear,
     Int8Weight,
@@ -29,13 +29,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def linear_of(weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
     library = compiled()
     assert library is not None
-    return NativeLinear(library, weight, bias)
+    return NativeLinear(library, pack(library, weight), bias)
 
 
 def int8_linear_of(weight: Int8Weight, bias: Tensor | None = None) -> NativeLinear:
     library = compiled()
     assert library is not None
-    return NativeLinear(library, weight, bias)
+    return NativeLinear(library, pack(library, weight), bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

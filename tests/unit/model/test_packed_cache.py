@@ -1,0 +1,147 @@
+"""Weights that are kept between starts: what comes back, and what is not believed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.serving import request_of, serve
+from tests.unit.model.native.kernels import needs_native
+from understudy.protocol.request import SamplingParams
+from understudy.runtime.model import loader, packed_cache
+from understudy.runtime.model.loader import load_model
+from understudy.runtime.model.packed_cache import PackedCache
+from understudy.runtime.model.quantization_config import Quantization
+from understudy.runtime.model.transformer import Transformer
+
+pytestmark = needs_native
+
+
+class Shelf(NamedTuple):
+    """A model directory, and the folder in which its packed weights are kept."""
+
+    model: Path
+    folder: Path
+
+    def load(self, quantization: Quantization = "none") -> Transformer:
+        """Load the model, and wait until its weights are kept."""
+        return load_model(
+            self.model,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            quantization=quantization,
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("weights-*"))
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
+    """A shelf for the smallest of models, written before ``load`` returns."""
+    real = PackedCache.keep
+
+    def keep_at_once(self: PackedCache) -> None:
+        writer = real(self)
+        if writer is not None:
+            writer.join()
+
+    monkeypatch.setattr(packed_cache, "_BYTES_MIN", 1)
+    monkeypatch.setattr(packed_cache, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(PackedCache, "keep", keep_at_once)
+    return Shelf(write_checkpoint(tmp_path / "model", FAMILIES["llama"]), tmp_path)
+
+
+def texts(model: Transformer) -> object:
+    params = [SamplingParams(seed=seed, max_tokens=12) for seed in range(4)]
+    return serve(model, [request_of(i, range(3 + i), each) for i, each in enumerate(params)]).served
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_the_second_start_reads_what_the_first_packed(
+    shelf: Shelf, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = texts(shelf.load(quantization))
+    assert len(shelf.files) == 1
+    assert shelf.files[0].stat().st_mode & 0o777 == 0o600
+    if quantization != "int4":  # whose layers are torch's, and only the output embedding is packed
+        monkeypatch.setattr(loader, "make_linear", None)
+    assert texts(shelf.load(quantization)) == first
+    assert len(shelf.files) == 1
+
+
+def test_progress_is_told_of_kept_weights_too(shelf: Shelf) -> None:
+    told: list[list[int]] = []
+    for _ in range(2):
+        done: list[int] = []
+        told.append(done)
+
+        def report(bytes_done: int, bytes_total: int, done: list[int] = done) -> None:
+            assert bytes_done <= bytes_total
+            done.append(bytes_done)
+
+        load_model(shelf.model, dtype=torch.float32, device=torch.device("cpu"), progress=report)
+    assert told[0][-1] == told[1][-1]
+
+
+def test_each_form_of_each_checkpoint_is_kept_apart(shelf: Shelf) -> None:
+    shelf.load()
+    shelf.load("int8")
+    assert len(shelf.files) == 2
+    weights = shelf.model / "model.safetensors"
+    status = weights.stat()
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    shelf.load()
+    assert len(shelf.files) == 3
+
+
+@pytest.mark.parametrize("damage", ["cut off", "header", "shape", "writable"])
+def test_what_cannot_be_believed_is_made_again(shelf: Shelf, damage: str) -> None:
+    first = texts(shelf.load())
+    path = shelf.files[0]
+    data = path.read_bytes()
+    if damage == "cut off":
+        path.write_bytes(data[:-1])
+    elif damage == "header":
+        path.write_bytes(b"\xff" * 8 + data[8:])
+    elif damage == "shape":
+        # Panels claim to be another shape of as many bytes.
+        path.write_bytes(re.sub(rb"\[(\d+), (\d+), 32\]", rb"[\2, \1, 32]", data))
+        assert path.read_bytes() != data
+        assert texts(shelf.load()) == first
+    else:
+        path.chmod(0o666)
+    assert texts(shelf.load()) == first
+    if damage != "writable":
+        assert path.read_bytes() == data
+
+
+def test_a_start_that_was_killed_leaves_nothing_for_long(shelf: Shelf) -> None:
+    left, written = shelf.folder / "weights-0.7.new", shelf.folder / "weights-0.8.new"
+    for piece in (left, written):
+        piece.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    shelf.load()
+    assert not left.exists()
+    assert written.exists()
+
+
+def test_a_full_disk_is_left_alone(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(shelf.folder)._replace(free=4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    shelf.load()
+    assert shelf.files == []
+
+
+def test_small_models_are_not_kept(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_cache, "_BYTES_MIN", 64 << 20)
+    shelf.load()
+    assert shelf.files == []
