@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aiohttp import web
 
@@ -48,6 +48,11 @@ class _Pooled(NamedTuple):
     group_id: int
     num_tokens: int
 
+    @property
+    def num_bytes(self) -> int:
+        """How much there is to shape."""
+        return sum(map(len, self.vectors))
+
 
 class _Scored(NamedTuple):
     """What came of a call for scores."""
@@ -90,13 +95,17 @@ class PoolingEndpoints:
             body.inputs, body.pooling, model, param="input", size=len(raw)
         )
         pooled = await self._pool(http_request, prompts, body.terms)
-        answer = embeddings_response(
-            pooled.vectors,
-            model=model.name,
-            answer_id=f"embd-{pooled.group_id:016x}",
-            num_tokens=pooled.num_tokens,
-            is_base64=body.is_base64,
-        )
+
+        def respond() -> dict[str, Any]:
+            return embeddings_response(
+                pooled.vectors,
+                model=model.name,
+                answer_id=f"embd-{pooled.group_id:016x}",
+                num_tokens=pooled.num_tokens,
+                is_base64=body.is_base64,
+            )
+
+        answer = await self._generation.run(respond, size=pooled.num_bytes)
         return json_response(answer, headers=ignored_header(body.ignored))
 
     async def score(self, http_request: web.Request) -> web.Response:
@@ -144,8 +153,11 @@ class PoolingEndpoints:
         )
         pooled = await self._pool(http_request, prompts, body.terms)
         vectors = dict(zip(texts, pooled.vectors, strict=True))
-        scores = [cosine(vectors[first], vectors[second]) for first, second in body.pairs]
-        return _Scored(scores, pooled)
+
+        def compare() -> list[float]:
+            return [cosine(vectors[first], vectors[second]) for first, second in body.pairs]
+
+        return _Scored(await self._generation.run(compare, size=pooled.num_bytes), pooled)
 
     def _head_score(self, vector: bytes) -> float:
         [score] = numbers(vector)
