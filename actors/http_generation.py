@@ -47,6 +47,7 @@ from understudy.protocol.openai.tools import schema_of
 from understudy.protocol.request import Request
 from understudy.runtime.parsers.qwen3_coder import parameter_types
 from understudy.runtime.parsers.reasoning import FORMATS, begins_inside
+from understudy.runtime.parsers.thinking import thinking_of
 from understudy.runtime.served_model import ServedModel
 
 T = TypeVar("T")
@@ -150,6 +151,9 @@ class GenerationEndpoints:
         prompt = await self.chat_prompt(body, model, size=size)
         generation = _with_calls(body, model, begins_in_reasoning=prompt.begins_in_reasoning)
         generation = await self._with_grammar(generation)
+        generation = self._with_thinking(
+            generation, body, model, begins_in_reasoning=prompt.begins_in_reasoning
+        )
         requests = make_requests(
             generation, prompt.tokens, model, draw=self._draw, default_max_tokens=None
         )
@@ -162,6 +166,33 @@ class GenerationEndpoints:
             meaning=_meaning(body, model, begins_in_reasoning=prompt.begins_in_reasoning),
             repeated=repeated,
         )
+
+    def _with_thinking(
+        self,
+        generation: Generation,
+        body: chat.ChatCompletion,
+        model: ModelTraits,
+        *,
+        begins_in_reasoning: bool,
+    ) -> Generation:
+        """What a body asks for, with what the engine must know of thoughts, if it must.
+
+        Without a budget, it must where a form that the answer should have comes behind them; the
+        grammar of calls has room for thoughts itself.
+        """
+        has_form = body.generation.grammar is not None and not _is_forced(body)
+        if not model.reasoning_parser or (body.thinking_budget is None and not has_form):
+            return generation
+        thinking = thinking_of(
+            model.reasoning_parser,
+            self._served.tokenizer,
+            is_open=begins_in_reasoning,
+            budget=body.thinking_budget,
+            has_grammar=bool(generation.sampling.grammar),
+            vocab_size=model.vocab_size,
+        )
+        sampling = dataclasses.replace(generation.sampling, thinking=thinking)
+        return dataclasses.replace(generation, sampling=sampling)
 
     def _unseen(self, body: chat.ChatCompletion) -> tuple[str, ...]:
         """Fields that do not reach the model, because its template has no place for them."""
@@ -429,13 +460,16 @@ def _with_calls(
     the grammar of calls that may be made.
     """
     use, generation = body.tool_use, body.generation
+    thoughts = None
+    if body.thinking_budget is None:  # with a budget, the grammar begins behind the thoughts
+        thoughts = _thoughts(model, begins_inside=begins_in_reasoning)
     if use is None or (generation.grammar is not None and not use.is_forced):
         return generation
     text = (tool_grammar if use.is_forced else strict_grammar)(
         use,
         model.tool_parser,
         mark_ids=dict(model.mark_ids),
-        thoughts=_thoughts(model, begins_inside=begins_in_reasoning),
+        thoughts=thoughts,
     )
     if not text:
         return generation
@@ -445,6 +479,11 @@ def _with_calls(
         ignores_eos=not set(model.eos_token_ids) <= set(sampling.stop_token_ids),
     )
     return dataclasses.replace(generation, grammar=Grammar(text, "tools"))
+
+
+def _is_forced(body: chat.ChatCompletion) -> bool:
+    """Whether the answer has to be a call."""
+    return body.tool_use is not None and body.tool_use.is_forced
 
 
 def _thoughts(model: ModelTraits, *, begins_inside: bool) -> Thoughts | None:

@@ -10,6 +10,7 @@ from enum import Enum, auto
 
 from understudy.protocol.request import FinishReason, Request, extend_prefix_hash
 from understudy.runtime.kvcache.prefix_cache import root_key
+from understudy.runtime.scheduling.thinking import Progress, ThoughtReader
 
 
 class SequenceStatus(Enum):
@@ -44,6 +45,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_thoughts",
         "arrival",
         "attempt",
         "block_keys",
@@ -83,6 +85,8 @@ class Sequence:
         self.prefix_hash = extend_prefix_hash(0, output)
         self.arrival = 0
         self.status = SequenceStatus.WAITING
+        thinking = request.params.thinking
+        self._thoughts = None if thinking is None else ThoughtReader(thinking)
 
     def __repr__(self) -> str:
         return (
@@ -99,6 +103,13 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """All output, that of earlier attempts included; the position of the next token."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def thoughts(self) -> Progress | None:
+        """Where the output stands with its thoughts; ``None`` if the request does not care."""
+        if self._thoughts is None:
+            return None
+        return self._thoughts.read(self.token_ids, self.num_prompt_tokens)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add the next output token, and say whether it was the last."""
