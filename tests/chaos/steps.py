@@ -4,7 +4,7 @@ Each request is made so that its tokens cut what must not be cut: characters of 
 stop string, a key of JSON, a call of a tool, the mark that closes the thoughts. Its engine is
 killed from inside, so that it is that very step: before the step, after it but before anybody hears
 of it, and a moment after it was told. Behind the last token, that is after the end, before it is
-delivered. Engines are not started anew by a launcher, which would give up on one that dies so often.
+delivered. No launcher starts engines anew: it would give up on one that dies so often.
 """
 
 from __future__ import annotations
