@@ -20,6 +20,7 @@ from understudy.actors.http_rejoin import (
     idempotency_key,
     is_resumable_call,
 )
+from understudy.actors.http_thoughts import with_thinking
 from understudy.protocol.errors import (
     AlreadySubmitted,
     ContextLengthExceeded,
@@ -40,14 +41,18 @@ from understudy.protocol.openai.presentation import (
     Presentation,
     encode_presentation,
 )
-from understudy.protocol.openai.sampling import Generation, ModelTraits, make_requests
+from understudy.protocol.openai.sampling import (
+    Generation,
+    ModelTraits,
+    make_requests,
+    telling_prompt,
+)
 from understudy.protocol.openai.structured_output import Grammar, refuse_with_grammar
 from understudy.protocol.openai.tool_grammar import Thoughts, strict_grammar, tool_grammar
 from understudy.protocol.openai.tools import schema_of
 from understudy.protocol.request import Request
 from understudy.runtime.parsers.qwen3_coder import parameter_types
 from understudy.runtime.parsers.reasoning import FORMATS, begins_inside
-from understudy.runtime.parsers.thinking import thinking_of
 from understudy.runtime.served_model import ServedModel
 
 T = TypeVar("T")
@@ -151,8 +156,12 @@ class GenerationEndpoints:
         prompt = await self.chat_prompt(body, model, size=size)
         generation = _with_calls(body, model, begins_in_reasoning=prompt.begins_in_reasoning)
         generation = await self._with_grammar(generation)
-        generation = self._with_thinking(
-            generation, body, model, begins_in_reasoning=prompt.begins_in_reasoning
+        generation = with_thinking(
+            generation,
+            body,
+            model,
+            self._served.tokenizer,
+            begins_in_reasoning=prompt.begins_in_reasoning,
         )
         requests = make_requests(
             generation, prompt.tokens, model, draw=self._draw, default_max_tokens=None
@@ -166,33 +175,6 @@ class GenerationEndpoints:
             meaning=_meaning(body, model, begins_in_reasoning=prompt.begins_in_reasoning),
             repeated=repeated,
         )
-
-    def _with_thinking(
-        self,
-        generation: Generation,
-        body: chat.ChatCompletion,
-        model: ModelTraits,
-        *,
-        begins_in_reasoning: bool,
-    ) -> Generation:
-        """What a body asks for, with what the engine must know of thoughts, if it must.
-
-        Without a budget, it must where a form that the answer should have comes behind them; the
-        grammar of calls has room for thoughts itself.
-        """
-        has_form = body.generation.grammar is not None and not _is_forced(body)
-        if not model.reasoning_parser or (body.thinking_budget is None and not has_form):
-            return generation
-        thinking = thinking_of(
-            model.reasoning_parser,
-            self._served.tokenizer,
-            is_open=begins_in_reasoning,
-            budget=body.thinking_budget,
-            has_grammar=bool(generation.sampling.grammar),
-            vocab_size=model.vocab_size,
-        )
-        sampling = dataclasses.replace(generation.sampling, thinking=thinking)
-        return dataclasses.replace(generation, sampling=sampling)
 
     def _unseen(self, body: chat.ChatCompletion) -> tuple[str, ...]:
         """Fields that do not reach the model, because its template has no place for them."""
@@ -218,7 +200,7 @@ class GenerationEndpoints:
         echoes: list[str | None] = []
         for given in body.prompts:
             prompt = await self._prompt(given, model, size=size)
-            requests += make_requests(
+            made = make_requests(
                 generation,
                 prompt,
                 model,
@@ -226,9 +208,13 @@ class GenerationEndpoints:
                 default_max_tokens=DEFAULT_MAX_TOKENS,
                 group_id=requests[0].group_id if requests else None,
             )
+            is_told = body.echo and generation.sampling.logprobs is not None
+            requests += map(telling_prompt, made) if is_told else made
             echo = None
             if body.echo:
                 echo = given if isinstance(given, str) else self._served.tokenizer.decode(given)
+            if is_told:  # the rest of it is output
+                echo = self._served.tokenizer.decode(prompt[:1])
             echoes += [echo] * generation.n
         return Prepared("completions", generation, requests, echoes, body.ignored)
 
@@ -479,11 +465,6 @@ def _with_calls(
         ignores_eos=not set(model.eos_token_ids) <= set(sampling.stop_token_ids),
     )
     return dataclasses.replace(generation, grammar=Grammar(text, "tools"))
-
-
-def _is_forced(body: chat.ChatCompletion) -> bool:
-    """Whether the answer has to be a call."""
-    return body.tool_use is not None and body.tool_use.is_forced
 
 
 def _thoughts(model: ModelTraits, *, begins_inside: bool) -> Thoughts | None:

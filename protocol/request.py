@@ -81,6 +81,10 @@ class SamplingParams:
     grammar, ``stop_token_ids`` holds the end-of-sequence ids and ``min_tokens`` is 0."""
     thinking: Thinking | None = None
     """If it is there, a grammar governs only what follows the thoughts."""
+    echoed: tuple[int, ...] = ()
+    """What the output begins with, whatever the model would say: all of the client's prompt but its
+    first token, where the log probabilities of a prompt are asked for. Beside ``max_tokens``, which
+    counts these as well, they count as prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,11 +53,13 @@ class EchoRunner:
         return drawn
 
     def _draw_along(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[SampledToken, ...]:
-        position, params = sequence.num_output_tokens, sequence.params
+        params = sequence.params
+        position = sequence.num_output_tokens - len(params.echoed)
+        echoed = params.echoed[sequence.num_output_tokens :]
         thinking, thoughts = params.thinking, sequence.thoughts
         drawn: list[SampledToken] = []
         for guess in (*draft, None):
-            forced = None
+            forced = echoed[len(drawn)] if len(drawn) < len(echoed) else None
             if thinking is not None and thoughts is not None:
                 forced = forced_token(thinking, thoughts)
             drawn.append(self._draw(params, position + len(drawn), forced))

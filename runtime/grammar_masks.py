@@ -150,13 +150,16 @@ class GrammarMasks:
 def grammar_start(sequence: EngineSequence) -> int | None:
     """The place in ``token_ids`` from which the grammar is to be followed.
 
-    ``None`` if there is no grammar, or thoughts come first.
+    ``None`` if there is no grammar, or thoughts or an echo come first.
     """
     if not sequence.params.grammar:
         return None
+    num_echoed = len(sequence.params.echoed)
+    if sequence.num_output_tokens < num_echoed:
+        return None
     thoughts = sequence.thoughts
     if thoughts is None:
-        return sequence.num_prompt_tokens
+        return sequence.num_prompt_tokens + num_echoed
     if thoughts.phase in {Phase.THOUGHTS, Phase.CLOSING}:
         return None
     return sequence.num_prompt_tokens + thoughts.answer_start

@@ -28,6 +28,8 @@ def allowed_tokens(
         grammar: What its grammar allows, if it governs the next token.
     """
     sequence = share.sequence
+    if sequence.params.echoed:
+        return _echoing(share, grammar)
     thinking, progress = sequence.params.thinking, sequence.thoughts
     if thinking is None or progress is None:
         return grammar
@@ -42,6 +44,17 @@ def allowed_tokens(
         # Behind a first token, either the grammar goes on or the thoughts do.
         return (_widened(grammar[0], thinking),)
     return grammar
+
+
+def _echoing(share: ScheduledSequence, grammar: Masks | NoDraw | None) -> Allowed | NoDraw | None:
+    """What the output begins with is settled; a grammar, if there is one, waits for its end."""
+    sequence = share.sequence
+    masks = tuple(map(_only, sequence.forced_ahead(len(share.draft) + 1)))
+    if not masks:
+        return grammar
+    if sequence.params.grammar:
+        return masks
+    return masks + (None,) * (len(share.draft) + 1 - len(masks))
 
 
 def _along(

@@ -230,7 +230,9 @@ def _sampling_rows(
 ) -> list[SamplingRow]:
     """What the sampler must know to draw at the end of a sequence, and at the end of its draft."""
     sequence = scheduled.sequence
-    params, num_prompt_tokens = sequence.params, sequence.num_prompt_tokens
+    params = sequence.params
+    # What is echoed is the client's prompt: behind it, draws are those that there would be anyway.
+    num_prompt_tokens = sequence.num_prompt_tokens + len(params.echoed)
     known: Allowed = allowed if isinstance(allowed, tuple) else ()
     rows = []
     for length, mask in zip_longest(range(len(scheduled.draft) + 1), known):

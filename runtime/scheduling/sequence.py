@@ -10,7 +10,7 @@ from enum import Enum, auto
 
 from understudy.protocol.request import FinishReason, Request, extend_prefix_hash
 from understudy.runtime.kvcache.prefix_cache import root_key
-from understudy.runtime.scheduling.thinking import Progress, ThoughtReader
+from understudy.runtime.scheduling.thinking import Phase, Progress, ThoughtReader
 
 
 class SequenceStatus(Enum):
@@ -111,6 +111,16 @@ class Sequence:
             return None
         return self._thoughts.read(self.token_ids, self.num_prompt_tokens)
 
+    def forced_ahead(self, tokens_max: int) -> tuple[int, ...]:
+        """The next tokens, as far as they are not the model's to choose, and at most so many."""
+        made, params = self.num_output_tokens, self.params
+        if made < len(params.echoed):
+            return params.echoed[made : made + tokens_max]
+        thoughts = self.thoughts
+        if thoughts is None or thoughts.phase is not Phase.CLOSING or params.thinking is None:
+            return ()
+        return params.thinking.forced[thoughts.num_in_phase :][:tokens_max]
+
     def append(self, token_id: int) -> FinishReason | None:
         """Add the next output token, and say whether it was the last."""
         self.token_ids.append(token_id)
@@ -123,7 +133,7 @@ class Sequence:
         # The sampler forbids stop tokens while fewer than min_tokens tokens were made, so the
         # first that may be one is number min_tokens + 1.
         if (
-            num_tokens - self.num_prompt_tokens > self.params.min_tokens
+            num_tokens - self.num_prompt_tokens - len(self.params.echoed) > self.params.min_tokens
             and self.token_ids[-1] in self.params.stop_token_ids
         ):
             return FinishReason.STOP

@@ -73,6 +73,7 @@ PARAMS = SamplingParams(
     logprobs=2,
     grammar="start: /a+/",
     thinking=Thinking(((5,), (6, 5)), ((7,),), is_open=True, budget=100, forced=(6, 7, 6)),
+    echoed=(301, 302),
 )
 REQUEST = Request(
     request_id=2**63 - 1,
