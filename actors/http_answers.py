@@ -165,7 +165,10 @@ class Call:
     @property
     def num_prompt_tokens(self) -> int:
         """Each prompt counted once."""
-        return sum(len(request.prompt) for request in self.requests[:: self.first.n])
+        return sum(
+            len(request.prompt) + len(request.params.echoed)
+            for request in self.requests[:: self.first.n]
+        )
 
 
 class _Opened(NamedTuple):

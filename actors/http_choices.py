@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from understudy.actors.gateway import Sink
+from understudy.actors.http_unattended import Unattended
 from understudy.protocol.errors import DeadlineExceeded, NotFound, RequestError
 from understudy.protocol.messages import (
     ClusterState,
@@ -21,7 +22,7 @@ from understudy.protocol.messages import (
 )
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
 from understudy.protocol.openai.deltas import Delta, put_together
-from understudy.protocol.openai.logprobs import TokenLogprob, spell_logprobs
+from understudy.protocol.openai.logprobs import TokenLogprob, behind_first, spell_logprobs
 from understudy.protocol.openai.presentation import Presentation
 from understudy.protocol.request import FinishReason, Request, TokenRow
 from understudy.runtime.detokenizer import Detokenizer
@@ -141,7 +142,7 @@ class OpenRequests:
         left, self._open = self._open, {}
         for request_id, (output, sink) in left.items():
             if output.may_end_early:
-                unattended = _Unattended(output, self._port, self._wake)
+                unattended = Unattended(output, self._port, self._wake)
                 self._port.attach(request_id, unattended, output.num_tokens)
             self._port.leave(request_id, sink)
             self._wake()
@@ -155,27 +156,6 @@ class OpenRequests:
             self.cancel_all()
         for sink in sinks:
             sink.fail(error)
-
-
-class _Unattended:
-    """The sink of a choice whose client is gone: a stop string still has to end the request."""
-
-    def __init__(self, output: ChoiceOutput, port: RequestPort, wake: Callable[[], None]) -> None:
-        self._output = output
-        self._port = port
-        self._wake = wake
-
-    def deliver(self, row: TokenRow, engine: str) -> None:  # noqa: ARG002
-        """See ``Sink``."""
-        self._output.advance(row)
-        self._output.take_logprobs()
-        self._output.take_deltas()
-        if self._output.is_over and not row.finish:
-            self._port.cancel(row.request_id, self)
-            self._wake()
-
-    def fail(self, error: RequestError) -> None:
-        """See ``Sink``."""
 
 
 class ChoiceOutput:
@@ -204,6 +184,7 @@ class ChoiceOutput:
         "_delivered",
         "_deltas",
         "_detokenizer",
+        "_is_echoed",
         "_parser",
         "_tells_cancellation",
         "_tokenizer",
@@ -231,6 +212,7 @@ class ChoiceOutput:
         self.index = presentation.index
         self.may_end_early = bool(presentation.stop or presentation.calls_max)
         self.is_parsed = presentation.is_parsed
+        self._is_echoed = presentation.echoes_prompt
         self._tells_cancellation = presentation.endpoint == "responses"
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -245,7 +227,7 @@ class ChoiceOutput:
             prompt=request.prompt,
             stop=presentation.stop,
             include_stop=presentation.include_stop,
-            min_tokens=request.params.min_tokens,
+            min_tokens=request.params.min_tokens + len(request.params.echoed),
             marks=marks_of(
                 tool_parser=presentation.tool_parser,
                 reasoning_parser=presentation.reasoning_parser,
@@ -364,6 +346,15 @@ class ChoiceOutput:
             self._end(row.finish)
         return text
 
+    def told_logprobs(self) -> list[TokenLogprob] | None:
+        """All log probabilities, those of a prompt that is told as well."""
+        if self.logprobs is None or not self._is_echoed:
+            return self.logprobs
+        first = self.request.prompt[0]
+        return behind_first(
+            self.logprobs, self._tokenizer.spell(first), self._tokenizer.decode([first])
+        )
+
     def take_logprobs(self) -> list[TokenLogprob] | None:
         """The log probabilities since the last call."""
         taken = self.logprobs
@@ -441,9 +432,9 @@ class _CollectedChoice:
         return Answer(
             index=output.index,
             text=text,
-            num_tokens=output.num_tokens,
+            num_tokens=max(0, output.num_tokens - len(output.request.params.echoed)),
             finish_reason=output.finish_reason,
-            logprobs=output.logprobs,
+            logprobs=output.told_logprobs(),
             deltas=self._deltas,
             num_reasoning_tokens=output.num_reasoning_tokens,
             stop_string=output.stop_string,

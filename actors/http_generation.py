@@ -20,6 +20,7 @@ from understudy.actors.http_rejoin import (
     idempotency_key,
     is_resumable_call,
 )
+from understudy.actors.http_thoughts import with_thinking
 from understudy.protocol.errors import (
     AlreadySubmitted,
     ContextLengthExceeded,
@@ -40,7 +41,12 @@ from understudy.protocol.openai.presentation import (
     Presentation,
     encode_presentation,
 )
-from understudy.protocol.openai.sampling import Generation, ModelTraits, make_requests
+from understudy.protocol.openai.sampling import (
+    Generation,
+    ModelTraits,
+    make_requests,
+    telling_prompt,
+)
 from understudy.protocol.openai.structured_output import Grammar, refuse_with_grammar
 from understudy.protocol.openai.tool_grammar import Thoughts, strict_grammar, tool_grammar
 from understudy.protocol.openai.tools import schema_of
@@ -151,6 +157,13 @@ class GenerationEndpoints:
         prompt = await self.chat_prompt(body, model, size=size)
         generation = _with_calls(body, model, begins_in_reasoning=prompt.begins_in_reasoning)
         generation = await self._with_grammar(generation)
+        generation = with_thinking(
+            generation,
+            body,
+            model,
+            self._served.tokenizer,
+            begins_in_reasoning=prompt.begins_in_reasoning,
+        )
         requests = make_requests(
             generation, prompt.tokens, model, draw=self._draw, default_max_tokens=None
         )
@@ -189,7 +202,7 @@ class GenerationEndpoints:
         echoes: list[str | None] = []
         for given in body.prompts:
             prompt = await self._prompt(given, model, size=size)
-            requests += make_requests(
+            made = make_requests(
                 generation,
                 prompt,
                 model,
@@ -197,9 +210,13 @@ class GenerationEndpoints:
                 default_max_tokens=DEFAULT_MAX_TOKENS,
                 group_id=requests[0].group_id if requests else None,
             )
+            is_told = body.echo and generation.sampling.logprobs is not None
+            requests += map(telling_prompt, made) if is_told else made
             echo = None
             if body.echo:
                 echo = given if isinstance(given, str) else self._served.tokenizer.decode(given)
+            if is_told:  # the rest of it is output
+                echo = self._served.tokenizer.decode(prompt[:1])
             echoes += [echo] * generation.n
         return Prepared("completions", generation, requests, echoes, body.ignored)
 
@@ -431,13 +448,16 @@ def _with_calls(
     the grammar of calls that may be made.
     """
     use, generation = body.tool_use, body.generation
+    thoughts = None
+    if body.thinking_budget is None:  # with a budget, the grammar begins behind the thoughts
+        thoughts = _thoughts(model, begins_inside=begins_in_reasoning)
     if use is None or (generation.grammar is not None and not use.is_forced):
         return generation
     text = (tool_grammar if use.is_forced else strict_grammar)(
         use,
         model.tool_parser,
         mark_ids=dict(model.mark_ids),
-        thoughts=_thoughts(model, begins_inside=begins_in_reasoning),
+        thoughts=thoughts,
     )
     if not text:
         return generation

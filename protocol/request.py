@@ -39,6 +39,24 @@ class FinishReason(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """How thoughts are told from the answer behind them, in tokens, and how long they may be.
+
+    The output begins inside the thoughts if ``is_open``, or may open them with its first tokens.
+    They end with the first of ``closings``. When ``budget`` tokens were thought and none has come,
+    ``forced`` are the next tokens, whatever the model would say, and the answer begins behind them.
+    """
+
+    openings: tuple[tuple[int, ...], ...]
+    """The tokens that the opening mark may be written in. With a grammar, one token each."""
+    closings: tuple[tuple[int, ...], ...]
+    is_open: bool
+    budget: int | None = None
+    """``None``: as long as the model likes."""
+    forced: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn; validated by the gateway, trusted from there on.
 
@@ -65,6 +83,12 @@ class SamplingParams:
     grammar: str = ""
     """What the output must follow, for llguidance: Lark, or its own JSON. Empty is nothing. With a
     grammar, ``stop_token_ids`` holds the end-of-sequence ids and ``min_tokens`` is 0."""
+    thinking: Thinking | None = None
+    """If it is there, a grammar governs only what follows the thoughts."""
+    echoed: tuple[int, ...] = ()
+    """What the output begins with, whatever the model would say: all of the client's prompt but its
+    first token, where the log probabilities of a prompt are asked for. Beside ``max_tokens``, which
+    counts these as well, they count as prompt."""
 
 
 class PoolingKind(IntEnum):

@@ -17,6 +17,7 @@ from understudy.protocol.request import SEED_MASK, Pooling, SamplingParams, Toke
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.scheduling.decision import Draw, Draws, Pooled, SampledToken, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence
+from understudy.runtime.scheduling.thinking import advance, forced_token
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 
@@ -68,20 +69,30 @@ class EchoRunner:
         return Pooled(struct.pack(f"<{len(kept)}f", *[count / length for count in kept]))
 
     def _draw_along(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[SampledToken, ...]:
-        position = sequence.num_output_tokens
-        drawn = [self._draw(sequence.params, position)]
-        for guess in draft:
-            if guess != drawn[-1].token_id:
+        params = sequence.params
+        position = sequence.num_output_tokens - len(params.echoed)
+        echoed = params.echoed[sequence.num_output_tokens :]
+        thinking, thoughts = params.thinking, sequence.thoughts
+        drawn: list[SampledToken] = []
+        for guess in (*draft, None):
+            forced = echoed[len(drawn)] if len(drawn) < len(echoed) else None
+            if thinking is not None and thoughts is not None:
+                forced = forced_token(thinking, thoughts)
+            drawn.append(self._draw(params, position + len(drawn), forced))
+            token = drawn[-1].token_id
+            if guess != token:
                 break
-            drawn.append(self._draw(sequence.params, position + len(drawn)))
+            if thinking is not None and thoughts is not None:
+                thoughts = advance(thinking, thoughts, token)
         return tuple(drawn)
 
-    def _draw(self, params: SamplingParams, position: int) -> SampledToken:
+    def _draw(self, params: SamplingParams, position: int, forced: int | None) -> SampledToken:
         index = splitmix64(params.seed + position * _GOLDEN) % len(self._tokens)
+        token = self._tokens[index] if forced is None else forced
         if params.logprobs is None:
-            return SampledToken(self._tokens[index])
-        top = tuple((token, self._logprob) for token in self._tokens[: params.logprobs])
-        return SampledToken(self._tokens[index], TokenLogprobs(self._logprob, top))
+            return SampledToken(token)
+        top = tuple((likely, self._logprob) for likely in self._tokens[: params.logprobs])
+        return SampledToken(token, TokenLogprobs(self._logprob, top))
 
 
 def splitmix64(value: int) -> int:

@@ -28,6 +28,8 @@ from llguidance import LLMatcher
 
 from understudy.runtime.grammars import GrammarError, Grammars, check
 from understudy.runtime.scheduling.decision import NoDraw, ScheduledSequence
+from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
+from understudy.runtime.scheduling.thinking import Phase
 
 MASK_WAIT_S: Final = 0.02
 """How long a step waits for masks that were not ready with the logits."""
@@ -72,7 +74,7 @@ class GrammarMasks:
         self._step += 1
         for share in scheduled:
             sequence = share.sequence
-            if not sequence.params.grammar or not share.samples:
+            if not share.samples or grammar_start(sequence) is None:
                 continue
             follower = self._followers.get(sequence.request_id)
             if follower is None:
@@ -89,7 +91,7 @@ class GrammarMasks:
         asked = [
             (share, self._followers[share.sequence.request_id])
             for share in scheduled
-            if share.sequence.params.grammar and share.samples
+            if share.samples and grammar_start(share.sequence) is not None
         ]
         if not asked:
             return {}
@@ -145,15 +147,34 @@ class GrammarMasks:
             del self._followers[request_id]
 
 
+def grammar_start(sequence: EngineSequence) -> int | None:
+    """The place in ``token_ids`` from which the grammar is to be followed.
+
+    ``None`` if there is no grammar, or thoughts or an echo come first.
+    """
+    if not sequence.params.grammar:
+        return None
+    num_echoed = len(sequence.params.echoed)
+    if sequence.num_output_tokens < num_echoed:
+        return None
+    thoughts = sequence.thoughts
+    if thoughts is None:
+        return sequence.num_prompt_tokens + num_echoed
+    if thoughts.phase in {Phase.THOUGHTS, Phase.CLOSING}:
+        return None
+    return sequence.num_prompt_tokens + thoughts.answer_start
+
+
 class _Errand(NamedTuple):
     """What a thread is to do: bring a matcher to the output's end, and make masks from there on."""
 
     token_ids: list[int]
     """Prompt and output. Tokens behind ``num_tokens`` may come in meanwhile."""
-    num_prompt_tokens: int
+    start: int
+    """Where what the grammar governs begins."""
     num_tokens: int
     num_same: int
-    """How many tokens of the output are those that the matcher has seen."""
+    """How many tokens from there on are those that the matcher has seen."""
     draft: tuple[int, ...]
 
 
@@ -212,17 +233,17 @@ class _Follower:
 
     def turn_to(self, share: ScheduledSequence) -> _Errand:
         """The errand for a sequence as it stands."""
-        sequence = share.sequence
-        token_ids, num_prompt = sequence.token_ids, sequence.num_prompt_tokens
+        token_ids, start = share.sequence.token_ids, grammar_start(share.sequence)
+        assert start is not None
         before = self.errand
-        if before is None:
+        if before is None or before.start != start:
             num_same = 0
         elif before.token_ids is token_ids:
-            num_same = before.num_tokens - num_prompt  # a sequence's list only grows
+            num_same = before.num_tokens - start  # a sequence's list only grows
         else:
-            seen = before.token_ids[before.num_prompt_tokens : before.num_tokens]
-            num_same = _num_equal(seen, token_ids[num_prompt:])
-        self.errand = _Errand(token_ids, num_prompt, len(token_ids), num_same, share.draft)
+            seen = before.token_ids[start : before.num_tokens]
+            num_same = _num_equal(seen, token_ids[start:])
+        self.errand = _Errand(token_ids, start, len(token_ids), num_same, share.draft)
         return self.errand
 
     def run(self, errand: _Errand) -> _Result:
@@ -270,7 +291,7 @@ class _Follower:
         if num_back > num_ends_back and not matcher.rollback(num_back - num_ends_back):
             raise GrammarError("it cannot go back")
         self._num_seen -= num_back
-        start = errand.num_prompt_tokens + self._num_seen
+        start = errand.start + self._num_seen
         new = errand.token_ids[start : errand.num_tokens]
         if self._num_ends == 0:
             num_text = next((i for i, t in enumerate(new) if t in self._eos_token_ids), len(new))

@@ -21,8 +21,8 @@ from understudy.protocol.openai.renaming import params_named
 from understudy.protocol.openai.sampling import ModelTraits
 from understudy.protocol.openai.tools import FunctionName, FunctionTool, NamedTool, Tool
 
-_NAMES: Final = {"stop": "stop_sequences"}
-_IGNORED_BUDGET: Final = "thinking.budget_tokens"
+_BUDGET: Final = "thinking.budget_tokens"
+_NAMES: Final = {"stop": "stop_sequences", "thinking_token_budget": _BUDGET}
 _ERROR_TYPES: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -87,7 +87,7 @@ class AnthropicToolChoice(msgspec.Struct, frozen=True):
 
 
 class Thinking(msgspec.Struct, frozen=True):
-    """Whether to think before the answer. How long is up to the model."""
+    """Whether to think before the answer, and for how many tokens at most."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -123,10 +123,13 @@ def parse_messages(
     if fields.max_tokens is None and needs_max_tokens:
         raise InvalidRequest("max_tokens is missing", param="max_tokens")
     kwargs: dict[str, Any] = {}
+    budget = None
     if fields.thinking is not None:
-        if fields.thinking.budget_tokens is not None:
-            ignored = (*ignored, _IGNORED_BUDGET)
+        budget = fields.thinking.budget_tokens
         kwargs["enable_thinking"] = kwargs["thinking"] = fields.thinking.type != "disabled"
+    if budget is not None and not model.reasoning_parser:
+        # Clients ask for thoughts whatever the model; one that has none cannot exceed its budget.
+        budget, ignored = None, (*ignored, _BUDGET)
     choice = fields.tool_choice
     chat_fields = ChatFields(
         model=fields.model,
@@ -142,6 +145,7 @@ def parse_messages(
         parallel_tool_calls=not choice.disable_parallel_tool_use if choice is not None else None,
         chat_template_kwargs=kwargs,
         deadline_ms=fields.deadline_ms,
+        thinking_token_budget=budget,
     )
     with params_named(_NAMES):
         return check_chat(chat_fields, model, ignored=ignored)

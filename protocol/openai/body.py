@@ -52,6 +52,7 @@ INERT_VALUES: Final[Mapping[str, tuple[object, ...]]] = {
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
+    "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncate_prompt_tokens": (),

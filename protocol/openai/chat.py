@@ -23,6 +23,7 @@ from understudy.protocol.openai.sampling import (
 from understudy.protocol.openai.stream_ids import EventIds
 from understudy.protocol.openai.structured_output import ResponseFormat
 from understudy.protocol.openai.tools import Tool, ToolChoice, ToolUse, check_tools
+from understudy.protocol.request import SEED_MASK
 
 CHUNK_KIND: Final = "chat.completion.chunk"
 
@@ -92,6 +93,7 @@ class ChatFields(GenerationFields, kw_only=True, frozen=True):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
+    thinking_token_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class ChatCompletion:
     generation: Generation
     ignored: tuple[str, ...]
     tool_use: ToolUse | None = None
+    thinking_budget: int | None = None
+    """Tokens that the model may think before it has to answer; ``None``: as many as it likes."""
 
 
 def parse_chat(raw: bytes, model: ModelTraits) -> ChatCompletion:
@@ -154,7 +158,21 @@ def check_chat(
         generation=generation,
         ignored=ignored,
         tool_use=tool_use,
+        thinking_budget=_thinking_budget(fields.thinking_token_budget, model),
     )
+
+
+def _thinking_budget(budget: int | None, model: ModelTraits) -> int | None:
+    param = "thinking_token_budget"
+    if budget is None:
+        return None
+    if not 0 <= budget <= SEED_MASK:
+        raise InvalidRequest(f"{param} must be at least 0", param=param)
+    if not model.reasoning_parser:
+        text = f"{param}: this server was not told how the model thinks (--reasoning-parser)"
+        raise InvalidRequest(text, param=param)
+    # More than the context holds is no limit, and need not travel as a larger number.
+    return min(budget, model.max_model_len)
 
 
 def _template_kwargs(fields: ChatFields) -> dict[str, Any]:

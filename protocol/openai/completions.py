@@ -70,8 +70,8 @@ def check_completion(
     if logprobs is not None:
         if not 0 <= logprobs <= LOGPROBS_MAX:
             raise InvalidRequest(f"logprobs must be from 0 to {LOGPROBS_MAX}", param="logprobs")
-        if echo:
-            raise InvalidRequest("echo with logprobs is not supported", param="logprobs")
+        if echo and fields.stream:
+            raise InvalidRequest("echo with logprobs cannot be streamed", param="logprobs")
     generation = check_generation(
         fields, model, logprobs=logprobs, least_max_tokens=0 if echo else 1
     )

@@ -21,6 +21,8 @@ class TokenLogprob(NamedTuple):
     """The likeliest tokens at this position, best first."""
     offset: int = 0
     """Where the token starts in the answer's text, in characters."""
+    is_first: bool = False
+    """Whether it begins a prompt: nothing is before it that it could be likely behind."""
 
     @property
     def text(self) -> str:
@@ -47,6 +49,12 @@ def spell_logprobs(
     return TokenLogprob(spell(token_id), max(logprobs.chosen, LEAST_LOGPROB), top, offset)
 
 
+def behind_first(entries: Sequence[TokenLogprob], spelling: bytes, text: str) -> list[TokenLogprob]:
+    """The entries of an answer that says its prompt again, whose first token is not among them."""
+    moved = [entry._replace(offset=entry.offset + len(text)) for entry in entries]
+    return [TokenLogprob(spelling, 0.0, is_first=True), *moved]
+
+
 def chat_logprobs(entries: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
     """The shape of chat completions; ``None`` if the request did not ask."""
     if entries is None:
@@ -64,9 +72,10 @@ def completion_logprobs(entries: Sequence[TokenLogprob] | None) -> dict[str, Any
         return None
     return {
         "tokens": [entry.key for entry in entries],
-        "token_logprobs": [entry.logprob for entry in entries],
+        "token_logprobs": [None if entry.is_first else entry.logprob for entry in entries],
         "top_logprobs": [
-            {other.key: other.logprob for other in (*entry.top, entry)} for entry in entries
+            None if entry.is_first else {other.key: other.logprob for other in (*entry.top, entry)}
+            for entry in entries
         ],
         "text_offset": [entry.offset for entry in entries],
     }

@@ -106,6 +106,7 @@ class ResponseFields(GenerationFields, kw_only=True, frozen=True):
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
     conversation: Any = None
     prompt: Any = None
 
@@ -184,6 +185,7 @@ def check_response(
         parallel_tool_calls=fields.parallel_tool_calls,
         reasoning_effort=None if fields.reasoning is None else fields.reasoning.effort,
         chat_template_kwargs=fields.chat_template_kwargs,
+        thinking_token_budget=fields.thinking_token_budget,
     )
     is_stored = fields.store is not False
     with params_named(_NAMES):

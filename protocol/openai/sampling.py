@@ -316,6 +316,19 @@ def make_requests(
     ]
 
 
+def telling_prompt(request: Request) -> Request:
+    """The request with its prompt said again by the engine, token by token but for the first.
+
+    So each of them gets its log probabilities, as tokens of the output do, and as they do they
+    survive whatever happens on the way.
+    """
+    first, rest = request.prompt[:1], request.prompt[1:]
+    params = dataclasses.replace(
+        request.params, echoed=rest, max_tokens=request.params.max_tokens + len(rest)
+    )
+    return dataclasses.replace(request, prompt=first, params=params)
+
+
 def settle_max_tokens(
     asked: int | None, num_prompt_tokens: int, model: ModelTraits, *, default: int | None
 ) -> int:

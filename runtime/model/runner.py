@@ -39,6 +39,7 @@ from understudy.runtime.scheduling.decision import (
     ScheduledSequence,
     StepPlan,
 )
+from understudy.runtime.token_masks import Allowed, allowed_tokens
 
 if TYPE_CHECKING:
     from understudy.runtime.model.kernels.decode_graphs import Decoded, DecodeGraphs
@@ -102,16 +103,19 @@ class ModelRunner:
         masks: Mapping[int, Masks | NoDraw] = {}
         if self._grammar_masks is not None:
             masks = self._grammar_masks.collect(sampled)
+        allowances = [
+            allowed_tokens(scheduled, masks.get(scheduled.sequence.request_id))
+            for scheduled in sampled
+        ]
         rows = [
             row
-            for scheduled in sampled
-            for row in _sampling_rows(scheduled, masks.get(scheduled.sequence.request_id))
+            for scheduled, allowed in zip(sampled, allowances, strict=True)
+            for row in _sampling_rows(scheduled, allowed)
         ]
         tokens = self._sampler.sample(logits, rows)
         draws: dict[int, tuple[SampledToken, ...] | NoDraw] = {}
         first = 0
-        for sequence, _, draft in sampled:
-            allowed = masks.get(sequence.request_id)
+        for (sequence, _, draft), allowed in zip(sampled, allowances, strict=True):
             # Behind a drafted token that the grammar refuses there is no mask, and nothing counts.
             most = len(allowed) - 1 if isinstance(allowed, tuple) else len(draft)
             last = first
@@ -237,11 +241,15 @@ def telling_out_of_memory() -> Iterator[None]:
         raise
 
 
-def _sampling_rows(scheduled: ScheduledSequence, masks: Masks | NoDraw | None) -> list[SamplingRow]:
+def _sampling_rows(
+    scheduled: ScheduledSequence, allowed: Allowed | NoDraw | None
+) -> list[SamplingRow]:
     """What the sampler must know to draw at the end of a sequence, and at the end of its draft."""
     sequence = scheduled.sequence
-    params, num_prompt_tokens = sequence.params, sequence.num_prompt_tokens
-    known: Masks = masks if isinstance(masks, tuple) else ()
+    params = sequence.params
+    # What is echoed is the client's prompt: behind it, draws are those that there would be anyway.
+    num_prompt_tokens = sequence.num_prompt_tokens + len(params.echoed)
+    known: Allowed = allowed if isinstance(allowed, tuple) else ()
     rows = []
     for length, mask in zip_longest(range(len(scheduled.draft) + 1), known):
         token_ids: list[int] = sequence.token_ids

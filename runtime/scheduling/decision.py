@@ -60,6 +60,8 @@ class StepPlan(NamedTuple):
     scheduled: tuple[ScheduledSequence, ...]
     preempted: tuple[int, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
+    forced: frozenset[int] = frozenset()
+    """Requests whose draft is no guess: they have to say it."""
 
     @property
     def num_tokens(self) -> int:

@@ -58,6 +58,9 @@ from understudy.runtime.scheduling.preemption import preempt_last, urgency
 from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
 
 NO_DRAFTS: Final[Mapping[int, Rows[int]]] = MappingProxyType({})
+FORCED_AHEAD_MAX: Final = 32
+"""Tokens behind a sequence that are known before they are drawn, taken in one step: each of them
+takes a row of logits."""
 STEPS_BEFORE_WIDENING: Final = 8
 """Steps that must fit before the budget, once halved, is doubled again."""
 SHEDS_MAX: Final = 16
@@ -195,17 +198,18 @@ class Scheduler:
         if not self.has_work:
             return None
         scheduled: list[ScheduledSequence] = []
+        forced: frozenset[int] = frozenset()
         if self._suspects:
             preempted = self._run_suspect(scheduled)
         else:
             preempted = self._continue_running(scheduled)
             if not preempted:  # blocks are short, and who had to give way would come first
                 self._start_waiting(scheduled)
-            self._add_drafts(scheduled, drafts)
+            forced = self._add_drafts(scheduled, drafts)
         assert scheduled or not self._sequences, "a step must bring someone forward"
         self._step += 1
         copies = self._kv_cache_manager.take_copies()
-        self._plan = StepPlan(self._step, tuple(scheduled), preempted, copies)
+        self._plan = StepPlan(self._step, tuple(scheduled), preempted, copies, forced)
         return self._plan
 
     def update(self, plan: StepPlan, draws: Draws) -> list[TokenRow]:
@@ -227,7 +231,8 @@ class Scheduler:
                 sequence.num_computed_tokens -= 1  # the next step draws behind the same token
             elif sequence.num_computed_tokens == sequence.num_tokens:
                 row = self._take(sequence, drawn)
-                rows.append(row._replace(num_draft_tokens=len(draft)) if draft else row)
+                is_guessed = draft and sequence.request_id not in plan.forced
+                rows.append(row._replace(num_draft_tokens=len(draft)) if is_guessed else row)
         self._kv_cache_manager.settle()
         return rows
 
@@ -325,19 +330,32 @@ class Scheduler:
 
     def _add_drafts(
         self, scheduled: list[ScheduledSequence], drafts: Mapping[int, Rows[int]]
-    ) -> None:
-        """Lengthen rows by guesses: worth free blocks and what the budget has left, no more."""
-        if not drafts:
-            return
+    ) -> frozenset[int]:
+        """Lengthen rows by guesses: worth free blocks and what the budget has left, no more.
+
+        What a sequence has to say next is as good as a guess, and always comes true: gives the
+        request ids for whom it was taken.
+        """
+        forced: set[int] = set()
         left = self._budget - sum(share.num_tokens for share in scheduled)
         for place, share in enumerate(scheduled):
-            draft = tuple(drafts.get(share.sequence.request_id, ())[:left])
-            if not draft or not share.samples:
+            if not share.samples:
+                continue
+            sequence = share.sequence
+            draft = tuple(drafts.get(sequence.request_id, ())[:left])
+            if sequence.params.echoed or sequence.params.thinking is not None:
+                room = min(left, sequence.num_tokens_max - sequence.num_tokens - 1)
+                ahead = sequence.forced_ahead(max(0, min(room, FORCED_AHEAD_MAX)))
+                if ahead:
+                    draft = ahead
+                    forced.add(sequence.request_id)
+            if not draft:
                 continue
             num_tokens = share.num_tokens + len(draft)
             if self._kv_cache_manager.allocate(share.sequence, num_tokens):
                 scheduled[place] = ScheduledSequence(share.sequence, num_tokens, draft)
                 left -= len(draft)
+        return frozenset(forced)
 
     def _preempt_last(self) -> Sequence:
         """Put the least urgent running sequence back at the front of those that wait."""

@@ -10,6 +10,7 @@ from enum import Enum, auto
 
 from understudy.protocol.request import FinishReason, PoolingKind, Request, extend_prefix_hash
 from understudy.runtime.kvcache.prefix_cache import root_key
+from understudy.runtime.scheduling.thinking import Phase, Progress, ThoughtReader
 
 
 class SequenceStatus(Enum):
@@ -46,6 +47,7 @@ class Sequence:
 
     __slots__ = (
         "__weakref__",
+        "_thoughts",
         "arrival",
         "attempt",
         "block_keys",
@@ -87,6 +89,8 @@ class Sequence:
         self.prefix_hash = extend_prefix_hash(0, output)
         self.arrival = 0
         self.status = SequenceStatus.WAITING
+        thinking = request.params.thinking
+        self._thoughts = None if thinking is None else ThoughtReader(thinking)
 
     def __repr__(self) -> str:
         return (
@@ -109,6 +113,23 @@ class Sequence:
         """Whether every token has to be computed, though the cache may have what comes of it."""
         return self.pooling is not None and self.pooling.kind is not PoolingKind.LAST
 
+    @property
+    def thoughts(self) -> Progress | None:
+        """Where the output stands with its thoughts; ``None`` if the request does not care."""
+        if self._thoughts is None:
+            return None
+        return self._thoughts.read(self.token_ids, self.num_prompt_tokens)
+
+    def forced_ahead(self, tokens_max: int) -> tuple[int, ...]:
+        """The next tokens, as far as they are not the model's to choose, and at most so many."""
+        made, params = self.num_output_tokens, self.params
+        if made < len(params.echoed):
+            return params.echoed[made : made + tokens_max]
+        thoughts = self.thoughts
+        if thoughts is None or thoughts.phase is not Phase.CLOSING or params.thinking is None:
+            return ()
+        return params.thinking.forced[thoughts.num_in_phase :][:tokens_max]
+
     def append(self, token_id: int) -> FinishReason | None:
         """Add the next output token, and say whether it was the last."""
         self.token_ids.append(token_id)
@@ -121,7 +142,7 @@ class Sequence:
         # The sampler forbids stop tokens while fewer than min_tokens tokens were made, so the
         # first that may be one is number min_tokens + 1.
         if (
-            num_tokens - self.num_prompt_tokens > self.params.min_tokens
+            num_tokens - self.num_prompt_tokens - len(self.params.echoed) > self.params.min_tokens
             and self.token_ids[-1] in self.params.stop_token_ids
         ):
             return FinishReason.STOP

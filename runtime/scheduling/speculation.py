@@ -225,6 +225,8 @@ class Speculator:
             self._costs.step.note(len(plan.scheduled), plan.num_tokens, seconds)
         for sequence, _, draft in plan.scheduled:
             drawn = draws.get(sequence.request_id)
+            if sequence.request_id in plan.forced:
+                continue  # nobody has guessed that
             if draft and isinstance(drawn, tuple):
                 self.num_draft_tokens += len(draft)
                 self.num_accepted_tokens += len(drawn) - 1

@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=240, help="tokens of a stream (240)")
     parser.add_argument("--repeats", type=int, default=2, help="how often (2)")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and parameters (1)")
-    parser.add_argument("--resumes", type=int, default=1000, help="of F4 (1000)")
+    parser.add_argument("--resumes", type=int, default=1000, help="of F4, and deaths of F3 (1000)")
     parser.add_argument("--minutes", type=float, default=20.0, help="of F26 (20)")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     arguments = parser.parse_args()

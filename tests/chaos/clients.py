@@ -14,8 +14,8 @@ import math
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import aiohttp
 
@@ -24,18 +24,28 @@ PATIENCE_S: Final = 120.0
 _AGAIN_AFTER_S: Final = 0.05
 
 
+KEYS: Final = ("sk-chaos-one", "sk-chaos-two")
+"""Of two tenants; servers that ask for no keys do not mind."""
+
+
 class Call(NamedTuple):
     """A call to stream."""
 
     path: str
     body: dict[str, Any]
+    key: str = KEYS[0]
+
+
+Told: TypeAlias = tuple[dict[int, str], dict[int, str], dict[str, str], Any]
+"""Texts and thoughts by choice, calls by choice and number, and usage."""
 
 
 class Outcome(NamedTuple):
     """What a client was told in the end."""
 
     digest: str
-    """Of the texts, finish reasons, log probabilities and usage of all choices."""
+    """Of the texts, thoughts, calls of tools, finish reasons, log probabilities and usage of all
+    choices."""
     problem: str
     """Why the call failed; empty if it did not."""
     stall_s: float
@@ -44,6 +54,8 @@ class Outcome(NamedTuple):
     """How often the client had to connect again."""
     num_repeated: int
     """Events whose positions were not beyond those before."""
+    told: Told = ({}, {}, {}, None)
+    """What it was told, for who wants to look at it."""
 
 
 class Progress:
@@ -72,6 +84,8 @@ class _Answer:
         self._heard_at = time.monotonic()
         self._positions: tuple[int, ...] = ()
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
+        self._thoughts: defaultdict[int, list[str]] = defaultdict(list)
+        self._calls: defaultdict[str, list[str]] = defaultdict(list)
         self._logprobs: defaultdict[int, list[Any]] = defaultdict(list)
         self._finish: dict[int, str] = {}
         self._usage: Any = None
@@ -105,8 +119,17 @@ class _Answer:
 
     def _take_choice(self, choice: dict[str, Any]) -> None:
         index = choice["index"]
-        text = choice["text"] if "text" in choice else choice["delta"].get("content")
+        delta = choice.get("delta", {})
+        text = choice["text"] if "text" in choice else delta.get("content")
         self._texts[index].append(text or "")
+        self._thoughts[index].append(delta.get("reasoning") or "")
+        for call in delta.get("tool_calls", ()):
+            # A call's id is drawn with its request, so it is another one in each run.
+            function = call["function"]
+            self._calls[f"{index}.{call['index']}"] += (
+                *((function["name"], "(") if "name" in function else ()),
+                function["arguments"],
+            )
         logprobs = choice.get("logprobs") or {}
         self._logprobs[index] += zip(
             logprobs.get("tokens", ()), logprobs.get("token_logprobs", ()), strict=True
@@ -117,16 +140,23 @@ class _Answer:
 
     def outcome(self, problem: str, num_joins: int) -> Outcome:
         """What there is to say about it."""
-        told = [
-            (index, "".join(texts), self._logprobs[index], self._finish.get(index))
-            for index, texts in sorted(self._texts.items())
-        ]
+        texts, thoughts = _joined(self._texts), _joined(self._thoughts)
+        calls = _joined(self._calls)
+        ends = [(self._logprobs[index], self._finish.get(index)) for index in texts]
         usage = self._usage
         if usage is not None:
             # What an engine had in its cache depends on what it was asked before.
             usage = {**usage, "prompt_tokens_details": None}
-        digest = hashlib.sha256(json.dumps((told, usage)).encode()).hexdigest()
-        return Outcome(digest, problem, self.stall_s, num_joins, self.num_repeated)
+        told = (texts, thoughts, calls, usage)
+        digest = hashlib.sha256(json.dumps((told, ends)).encode()).hexdigest()
+        return Outcome(digest, problem, self.stall_s, num_joins, self.num_repeated, told)
+
+
+K = TypeVar("K", int, str)
+
+
+def _joined(pieces: Mapping[K, Sequence[str]]) -> dict[K, str]:
+    return {name: "".join(parts) for name, parts in sorted(pieces.items())}
 
 
 async def _one(
@@ -137,7 +167,7 @@ async def _one(
     progress: Progress,
 ) -> Outcome:
     answer = _Answer()
-    headers = {"Idempotency-Key": idempotency_key}
+    headers = {"Idempotency-Key": idempotency_key, "Authorization": f"Bearer {call.key}"}
     deadline = time.monotonic() + PATIENCE_S
     num_joins = -1
     problem = ""
@@ -165,7 +195,7 @@ async def _connect(
     """Begin or go on with a stream, over one connection; gives what went wrong for good."""
     if answer.event_id:
         url = f"{base_url}/v1/streams/{answer.stream_id}"
-        request = session.get(url, headers={"Last-Event-ID": answer.event_id})
+        request = session.get(url, headers={**headers, "Last-Event-ID": answer.event_id})
     else:
         request = session.post(base_url + call.path, json=call.body, headers=headers)
     async with request as response:

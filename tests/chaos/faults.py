@@ -257,7 +257,7 @@ def _post(base_url: str, call: Call) -> tuple[int, str]:
     request = urllib.request.Request(
         base_url + call.path,
         json.dumps(call.body | {"stream": False}).encode(),
-        {"Content-Type": "application/json"},
+        {"Content-Type": "application/json", "Authorization": f"Bearer {call.key}"},
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as response:

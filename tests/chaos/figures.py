@@ -37,7 +37,8 @@ class Size(NamedTuple):
     engine: str
     seed: int
     resumes: int = 50
-    """Requests that must have gone on elsewhere before random kills end."""
+    """Requests that must have gone on elsewhere before random kills end, and about the number of
+    deaths at chosen steps."""
     pause_s: float = 0.0
     """Between two rounds of random kills."""
     minutes: float = 1.0

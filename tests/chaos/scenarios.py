@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from tests.chaos import deaths, faults, long, network
+from tests.chaos import deaths, faults, long, network, steps
 from tests.chaos.figures import Figure, Size
 
 SCENARIOS: Final[Mapping[str, Callable[[Size], list[Figure]]]] = MappingProxyType(
     {
         "F1": deaths.f1_kill_each_engine,
         "F2": long.f2_large_process,
+        "F3": steps.f3_every_step,
         "F4": long.f4_random_kills,
         "F5": faults.f5_freeze,
         "F6": faults.f6_slow_and_stuck,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from tests.chaos.clients import Call, Comparison, Outcome, Progress, compare, run_calls
+from tests.chaos.clients import KEYS, Call, Comparison, Outcome, Progress, compare, run_calls
 from tests.chaos.proxy import Proxy
 from tests.cluster import WAIT_MAX_S, Cluster, empty_cluster, running_cluster
 from understudy.protocol.messages import StatusReply
 
+PARSERS: Final = ("--tool-call-parser=hermes", "--reasoning-parser=deepseek_r1")
+"""A model of this format begins with thoughts whatever the prompt: any model is one that thinks."""
 SABOTAGE: Final = Path(__file__).with_name("sabotage")
 _LOOK_EVERY_S: Final = 0.002
 
@@ -100,14 +104,37 @@ def on_stage(*flags: str, engines: int = 2, engine: str = "echo") -> Iterator[St
     """A cluster whose engines can be sabotaged."""
     with ExitStack() as stack:
         fault_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        environment = {
-            "CHAOS_DIR": str(fault_dir),
-            "PYTHONPATH": os.pathsep.join((str(SABOTAGE), os.environ.get("PYTHONPATH", ""))),
-        }
         cluster = stack.enter_context(
-            running_cluster(*flags, engines=engines, engine=engine, environment=environment)
+            running_cluster(
+                *PARSERS,
+                f"--key-file={write_keys(fault_dir)}",
+                *flags,
+                engines=engines,
+                engine=engine,
+                environment=sabotaged_environment(fault_dir),
+            )
         )
         yield Stage(cluster, fault_dir)
+
+
+def sabotaged_environment(fault_dir: Path) -> dict[str, str]:
+    """The environment of processes that look for faults there."""
+    return {
+        "CHAOS_DIR": str(fault_dir),
+        "PYTHONPATH": os.pathsep.join((str(SABOTAGE), os.environ.get("PYTHONPATH", ""))),
+    }
+
+
+def write_keys(directory: Path) -> Path:
+    """A key file with the clients' keys, each of a tenant of its own."""
+    keys = [
+        {"id": f"k{place}", "sha256": sha256(key.encode()).hexdigest(), "tenant": f"tenant-{place}"}
+        for place, key in enumerate(KEYS)
+    ]
+    path = directory / "keys.json"
+    path.write_text(json.dumps({"version": 1, "tenants": {}, "keys": keys}))
+    path.chmod(0o600)
+    return path
 
 
 @contextmanager
@@ -127,7 +154,7 @@ def in_bad_weather(*flags: str, engines: int, seed: int) -> Iterator[tuple[Stage
         beyond = f"--run-dir={members}"
         for index in range(engines):
             cluster.start("engine", beyond, f"--name=engine-{index}", "--engine=echo", *flags)
-        cluster.start("gateway", beyond, "--name=gateway-0", "--port=0")
+        cluster.start("gateway", beyond, "--name=gateway-0", "--port=0", *PARSERS)
         stage = Stage(cluster, members)
         stage.wait_until_whole(engines)
         yield stage, proxy

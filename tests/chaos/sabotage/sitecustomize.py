@@ -10,6 +10,9 @@ in that directory, and does what it says, once or for as long as the file is the
     oom                 steps with more than one sequence do not fit the device
     nan REQUESTS        so many sequences get no finite numbers; 0: none does, and the engine ends
     poison TOKEN        a step with a prompt that begins with this token kills the process
+    die WHEN TOKENS     the process is killed in the first step that a client's sequence begins with
+                        so many tokens computed: before it, after it (nobody hears of it), or told
+                        (a moment after what it brought was sent)
     start-dead          the process ends before it has joined
     numerics CLASS      the engine says that its numerics are of this class
 """
@@ -19,12 +22,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 DIRECTORY = os.environ.get("CHAOS_DIR", "")
 CLOCK_FILE = "clock"
+_TOLD_S = 0.002
+"""Sending what a step brought takes less."""
+_when_reported: list[threading.Timer] = []
 
 
 def _name() -> str:
@@ -74,6 +81,12 @@ def _before_step(plan: Any) -> None:
         case ["oom"]:
             if len(plan.scheduled) > 1:
                 raise OutOfMemory("injected")
+        case ["die", when, tokens] if _has_reached(plan, int(tokens)) and when != "after":
+            _take()
+            if when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            kill = threading.Timer(_TOLD_S, os.kill, (os.getpid(), signal.SIGKILL))
+            _when_reported.append(kill)
         case ["poison", token]:
             if any(s.sequence.token_ids[0] == int(token) for s in plan.scheduled):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -81,10 +94,23 @@ def _before_step(plan: Any) -> None:
             pass
 
 
-def _after_step(drawn: Any) -> Any:
+def _has_reached(plan: Any, num_tokens: int) -> bool:
+    """Whether a client's sequence begins this step so far; canaries have ids of 64 bits."""
+    return any(
+        share.sequence.num_computed_tokens >= num_tokens and share.sequence.request_id >> 63 == 0
+        for share in plan.scheduled
+    )
+
+
+def _after_step(plan: Any, drawn: Any) -> Any:
     from understudy.runtime.scheduling.decision import EngineFault
 
+    while _when_reported:
+        _when_reported.pop().start()
     match _fault():
+        case ["die", "after", tokens] if _has_reached(plan, int(tokens)):
+            _take()
+            os.kill(os.getpid(), signal.SIGKILL)
         case ["nan", count] if drawn:
             if int(count) == 0:
                 _take()
@@ -107,7 +133,7 @@ def _sabotage() -> None:
 
         def sabotaged(plan: Any) -> Any:
             _before_step(plan)
-            return _after_step(execute(plan))
+            return _after_step(plan, execute(plan))
 
         loaded.runner.execute = sabotaged  # type: ignore[method-assign]
         match _fault():

@@ -414,3 +414,38 @@ async def test_a_client_that_goes_away_ends_its_requests(harness: Harness) -> No
 async def test_token_ids_are_within_the_logits(harness: Harness) -> None:
     error = await harness.error(COMPLETIONS, {"prompt": [VOCAB_SIZE]})
     assert error["param"] == "prompt"
+
+
+async def test_a_prompt_is_told_with_its_log_probabilities(directory: Path) -> None:
+    """As evaluations ask for it: each token but the first, which nothing stands before."""
+    body = {"prompt": "one two three", "echo": True, "logprobs": 1, "max_tokens": 1, "stop": "two"}
+    async with serving(directory) as harness:
+        tokens = harness.tokens("one two three")
+        decode = harness.served.tokenizer.decode
+
+        async def engine(number: int = 1) -> None:
+            request = await harness.submitted(number)
+            assert (*request.prompt, *request.params.echoed) == tuple(tokens)
+            said = [*request.params.echoed, 70]
+            logprobs = tuple(TokenLogprobs(-0.5, ((token, -0.5),)) for token in said)
+            harness.gateway.deliver(request, *said, finish=FinishReason.LENGTH, logprobs=logprobs)
+
+        answer = await beside(engine(), harness.answer(COMPLETIONS, body))
+        as_ids = harness.answer(COMPLETIONS, {**body, "prompt": tokens})
+        again = await beside(engine(2), as_ids)
+        error = await harness.error(COMPLETIONS, {**body, "stream": True})
+    assert error["param"] == "logprobs"
+    [choice] = answer["choices"]
+    # A stop string in the prompt ends nothing.
+    assert choice["text"] == decode([*tokens, 70])
+    starts = [len(decode(tokens[:place])) for place in range(len(tokens) + 1)]
+    assert choice["logprobs"] == {
+        "tokens": [decode([token]) for token in (*tokens, 70)],
+        "token_logprobs": [None, *(-0.5 for _ in tokens)],
+        "top_logprobs": [None, *({decode([token]): -0.5} for token in (*tokens[1:], 70))],
+        "text_offset": starts,
+    }
+    usage = answer["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(tokens), 1)
+    assert again["choices"] == answer["choices"]
+    assert again["usage"] == usage

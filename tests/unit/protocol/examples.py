@@ -51,6 +51,7 @@ from understudy.protocol.request import (
     PoolingKind,
     Request,
     SamplingParams,
+    Thinking,
     TokenLogprobs,
     TokenRow,
 )
@@ -73,6 +74,8 @@ PARAMS = SamplingParams(
     stop_token_ids=(1, 2),
     logprobs=2,
     grammar="start: /a+/",
+    thinking=Thinking(((5,), (6, 5)), ((7,),), is_open=True, budget=100, forced=(6, 7, 6)),
+    echoed=(301, 302),
 )
 REQUEST = Request(
     request_id=2**63 - 1,

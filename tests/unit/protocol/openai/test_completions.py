@@ -88,8 +88,9 @@ def test_log_probabilities_out_of_range_are_refused(logprobs: Any) -> None:
     assert refused(logprobs=logprobs).param == "logprobs"
 
 
-def test_log_probabilities_of_an_echo_are_refused() -> None:
-    assert refused(logprobs=1, echo=True).param == "logprobs"
+def test_log_probabilities_of_an_echo_come_in_one_piece() -> None:
+    assert parse(logprobs=1, echo=True, max_tokens=0).echo
+    assert refused(logprobs=1, echo=True, stream=True).param == "logprobs"
 
 
 def test_only_an_echo_may_have_no_tokens() -> None:
