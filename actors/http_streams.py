@@ -263,6 +263,11 @@ class EventStream:
 
     def write(self, data: bytes) -> None:
         """Write to the connection, and stop the flow if the client has not read enough."""
+        if self._transport.is_closing():
+            # The client is gone, and in a turn of the loop aiohttp will end this handler. A write
+            # would raise under uvloop: in the caller, which speaks for all streams.
+            self.is_flowing = False
+            return
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._transport.write(data)
