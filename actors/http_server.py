@@ -125,7 +125,8 @@ async def serve_http(
         status=status,
         usage=UsageEndpoint(port, wake, wall_clock=wall_clock),
     )
-    add_routes(app.router, routes(endpoints, version=status.server_version))
+    table = routes(endpoints, version=status.server_version, has_keys=find_key is not None)
+    add_routes(app.router, table)
 
     async def stop(_: web.Application) -> None:
         await answers.stop()
@@ -183,9 +184,9 @@ async def stop_http(runner: web.AppRunner) -> None:
 
 
 def _aiohttp_logger() -> logging.Logger:
-    """Where aiohttp reports what goes wrong, but for requests that are no HTTP.
+    """Where aiohttp reports what goes wrong, but for what is not HTTP, and clients who have gone.
 
-    Those are the client's fault; a traceback for each would let anyone fill the log.
+    Those are the client's doing; a traceback for each would let anyone fill the log.
     """
     logger = logging.getLogger("aiohttp.server")
     logger.addFilter(_is_our_fault)
@@ -193,7 +194,8 @@ def _aiohttp_logger() -> logging.Logger:
 
 
 def _is_our_fault(record: logging.LogRecord) -> bool:
-    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+    theirs = (HttpProcessingError, ConnectionError)
+    return record.exc_info is None or not isinstance(record.exc_info[1], theirs)
 
 
 def _error_middleware(chance: random.Random) -> Middleware:

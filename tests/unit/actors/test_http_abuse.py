@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Callable
@@ -143,3 +144,40 @@ async def test_deep_schemas_and_arguments_are_refused_or_shown(
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
     error = await harness.error(path, {"messages": [*HELLO, turn]})
     assert error["param"] == "messages[1].tool_calls"
+
+
+async def test_an_error_is_no_echo(harness: Harness) -> None:
+    long = "🦊" * 20_000
+    for path, body in (
+        ("/v1/responses", {"input": "x", "truncation": long}),
+        ("/v1/chat/completions", {"messages": [{"role": long, "content": "x"}]}),
+        ("/v1/chat/completions", {"messages": HELLO, "tool_choice": long}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 1, "model": long}),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {long: 1}}),
+    ):
+        async with harness.post(path, body) as response:
+            assert response.status in {400, 404}
+            assert len(await response.read()) < 2000, path
+
+
+async def test_what_is_no_http_is_refused_in_our_form_and_without_an_echo(
+    harness: Harness,
+) -> None:
+    secret = "sk-" + "x" * 60
+    for head in (
+        f"GET /v1/models HTTP/1.1\r\nAuthorization: Bearer {secret}\r\nA B: {secret}\r\n",
+        f"get /v1/models HTTP/1.1\r\nAuthorization: {secret}\r\n",
+        f"GET {secret} HTTP/1.1\r\nHost: x\r\n",
+        f"GET /v1/models HTTP/1.1\r\nAuthorization: {secret}\x00\r\n",
+        f"{secret * 200}\r\n",
+    ):
+        reader, writer = await asyncio.open_connection(harness.host, harness.port)
+        writer.write(f"{head}\r\n".encode())
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        assert answer.split(b" ", 2)[1] == b"400", answer
+        assert secret.encode() not in answer
+        headers, _, body = answer.partition(b"\r\n\r\n")
+        assert b"application/json" in headers
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import logging
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import ClientConnectionResetError
 
 from tests.http_harness import (
     CHAT,
@@ -345,3 +347,14 @@ async def test_requests_that_are_no_http_disturb_neither_others_nor_the_log(
 async def test_very_many_headers_are_refused(harness: Harness) -> None:
     async with harness.post(COMPLETIONS, {"prompt": "x"}, Big="x" * 100_000) as response:
         assert response.status == 400
+
+
+async def test_a_client_who_has_gone_fills_no_log(
+    harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("aiohttp.server")
+    for error in (ConnectionResetError("gone"), ClientConnectionResetError("gone")):
+        logger.error("Error handling request", exc_info=error)
+    assert caplog.records == []
+    logger.error("Error handling request", exc_info=ValueError("ours"))
+    assert len(caplog.records) == 1
