@@ -40,6 +40,8 @@ class Mailbox:
         self._poll.register(self.fd, select.POLLIN)
         self._poll.register(self._nudges, select.POLLIN)
         self.unsent = 0
+        self.misshapen = 0
+        """What came in another number of parts than a frame has."""
 
     @classmethod
     def bind(cls, context: zmq.Context[zmq.Socket[bytes]], address: str) -> Mailbox:
@@ -118,6 +120,8 @@ class Mailbox:
                     frames.append((parts[0].decode(errors="replace"), parts[1]))
                 elif not self._is_router and len(parts) == 1:
                     frames.append((SUPERVISOR, parts[0]))
+                else:
+                    self.misshapen += 1
         return frames
 
     def send(self, to: str, frame: bytes) -> bool:
