@@ -39,9 +39,11 @@ _ANTHROPIC_ERROR: Final[dict[str, Any]] = {
         "request_id": {"type": ["string", "null"]},
     },
 }
-_BAD_INPUT: Final = {400: "the input is wrong", 413: "the body is too large"}
+_BAD_INPUT: Final = {400: "the input is wrong"}
+_BAD_BODY: Final = {413: "the body is too large"}
 _NO_KEY: Final = {401: "no key, or none that is valid here"}
 _NO_SUCH: Final = {404: "there is no such thing, or it is another's"}
+_FAILED: Final = {500: "it could not go on"}
 _AWAY: Final = {503: "not now: come back after the time in Retry-After"}
 _REFUSALS: Final = {
     422: "the same Idempotency-Key came with another body",
@@ -153,8 +155,10 @@ def _errors(operation: Operation, is_guarded: bool) -> dict[int, str]:
     has_path_parameter = bool(_PARAMETER.search(operation.path))
     return {
         **(_NO_KEY if is_guarded else {}),
-        **(_BAD_INPUT if operation.body is not None or operation.query else {}),
+        **(_BAD_INPUT if operation.method == "POST" or operation.query else {}),
+        **(_BAD_BODY if operation.body is not None else {}),
         **(_NO_SUCH if operation.body is not None or has_path_parameter else {}),
+        **(_FAILED if operation.streams else {}),
         **(_REFUSALS if operation.body is not None and operation.asks else {}),
         **(_AWAY if operation.asks else {}),
     }
