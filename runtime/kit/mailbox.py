@@ -52,6 +52,9 @@ class Mailbox:
         """
         socket = context.socket(zmq.ROUTER)
         _set_limits(socket)
+        # Whoever sends more is cut off for good. A member has no such limit: it would be cut off
+        # itself, and what is too large for it the codec refuses.
+        socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
             socket.bind(address)
@@ -145,6 +148,5 @@ class Mailbox:
 
 
 def _set_limits(socket: zmq.Socket[bytes]) -> None:
-    socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
