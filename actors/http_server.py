@@ -47,7 +47,7 @@ from understudy.protocol.errors import (
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.listening import BACKLOG
 from understudy.runtime.kit.tls import Certificate
-from understudy.runtime.log import get_logger
+from understudy.runtime.log import get_logger, where_it_failed
 from understudy.runtime.served_model import ServedModel
 
 WRITE_LAST_S: Final = 1.0
@@ -215,8 +215,11 @@ def _error_middleware(chance: random.Random) -> Middleware:
             return response
         except ConnectionError:
             raise  # the client is gone; aiohttp knows what to do
-        except Exception:  # noqa: BLE001 - the outermost frame of a call
-            get_logger().exception("a request failed", path=request.path)
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a call
+            # Its own path may say more than the log should know.
+            resource = request.match_info.route.resource
+            path = None if resource is None else resource.canonical
+            get_logger().error("a request failed", path=path, where=where_it_failed(error))
             return _error_response(request, InternalError("the gateway failed"), chance)
 
     return answer
