@@ -1,4 +1,4 @@
-"""Abuse a real cluster: ``python -m tests.abuse 100000 [--seed 1]``, or one case again."""
+"""Abuse a real cluster: ``python -m tests.abuse 100000 [--seed 1]``, or one case, or the bus."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from tests.abuse.bus import at_members, at_supervisor
 from tests.abuse.cases import Cases
 from tests.abuse.requests import Abuse, Outcome
 from tests.abuse.stage import on_stage
@@ -23,8 +24,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="what the paths must contain")
     parser.add_argument("--engine", choices=("echo", "model"), default="echo")
     parser.add_argument("--connections", type=int, default=8, help="at once (8)")
+    parser.add_argument("--bus", type=int, metavar="N", help="so many frames at the bus instead")
     parser.add_argument("--log", type=Path, help="keep the cluster's log here")
     given = parser.parse_args()
+    if given.bus is not None:
+        return abuse_bus(given.bus, seed=given.seed)
     numbers = range(given.count) if given.case is None else [given.case]
     again = f"python -m tests.abuse --seed {given.seed} --engine {given.engine}"
     again += f" --only {given.only}" if given.only else ""
@@ -36,6 +40,21 @@ def main() -> int:
             given.log.write_text(stage.cluster.log)
     print(told(outcome, again))
     return 1 if outcome.findings or outcome.problems else 0
+
+
+def abuse_bus(count: int, *, seed: int) -> int:
+    """Send so many frames to the supervisor, and so many to the others; 1 if it was noticed."""
+    rounds = [at_supervisor(count, seed=seed), at_members(count, seed=seed)]
+    for one in rounds:
+        compared = one.comparison
+        print(
+            f"{one.num_frames} frames to {one.where}; {compared.num_calls} streams beside: "
+            f"{compared.num_failed} failed and {compared.num_changed} changed; "
+            f"counted as malformed: {one.dropped}"
+        )
+        for problem in one.problems:
+            print(f"FOUND      {problem}")
+    return 0 if all(one.is_right for one in rounds) else 1
 
 
 def told(outcome: Outcome, again: str) -> str:

@@ -23,6 +23,7 @@ import zmq
 
 _LOOK_EVERY_MS: Final = 5
 HEARD_MAX: Final = 1000
+FORGED_MAX: Final = 32
 TO_SUPERVISOR: Final = "to supervisor"
 TO_MEMBER: Final = "to member"
 
@@ -62,7 +63,7 @@ class Proxy:
         self._back: dict[bytes, zmq.Socket[bytes]] = {}
         self._held: list[_Held] = []
         self._numbers = itertools.count()
-        self._forged: queue.SimpleQueue[tuple[bytes, list[bytes]]] = queue.SimpleQueue()
+        self._forged: queue.Queue[tuple[bytes, list[bytes]]] = queue.Queue(FORGED_MAX)
         self.heard: deque[tuple[bytes, bytes]] = deque(maxlen=HEARD_MAX)
         """The latest frames to members, with whom they were for."""
         self._is_over = threading.Event()
@@ -88,7 +89,7 @@ class Proxy:
         return list(self._back)
 
     def forge(self, identity: bytes, parts: list[bytes]) -> None:
-        """Send a member something that its supervisor never said."""
+        """Send a member something that its supervisor never said. Waits while much is waiting."""
         self._forged.put((identity, parts))
 
     def _run(self) -> None:
@@ -107,7 +108,8 @@ class Proxy:
                     (frame,) = back.recv_multipart()
                     self.heard.append((identity, frame))
                     self._carry(identity, TO_MEMBER, self._front, [identity, frame])
-            while not self._forged.empty():
+            for _ in range(self._forged.qsize()):
+                # No more than were there: what the others say must not wait for them.
                 identity, parts = self._forged.get()
                 self._send(self._front, [identity, *parts])
             now = time.monotonic()
