@@ -44,6 +44,7 @@ class SecretCall(NamedTuple):
 def calls(secret: Secret) -> Iterator[SecretCall]:
     """Calls of every route."""
     yield from _conversations(secret)
+    yield from _answers_kept(secret)
     yield from _texts(secret)
     yield from _forms(secret)
     yield from _mistakes(secret)
@@ -103,6 +104,9 @@ def _conversations(secret: Secret) -> Iterator[SecretCall]:
             chat_template_kwargs={secret(f"{where} kwarg"): secret(f"{where} kwarg value")},
             **strange,
         )
+
+
+def _answers_kept(secret: Secret) -> Iterator[SecretCall]:
     yield _post(
         "/v1/messages",
         max_tokens=3,
