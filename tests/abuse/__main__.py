@@ -71,6 +71,9 @@ def told(outcome: Outcome, again: str) -> str:
             for share in (0.5, 0.99, 0.999, 1.0)
         )
         lines.append(f"refused    {len(outcome.refused_s)} of them with 4xx: {shares}")
+    if outcome.slowest is not None:
+        kind, number = outcome.slowest.kind, outcome.slowest.number
+        lines.append(f"slowest    {kind}: {again} --case {number}")
     for case, problem in outcome.findings:
         lines.append(f"FOUND      {case.kind}, {case.method} {case.target[:80]}: {problem}")
         lines.append(f"           {again} --case {case.number}")

@@ -42,6 +42,8 @@ class Outcome(NamedTuple):
     findings: list[Finding]
     refused_s: list[float]
     """How long each refusal took, in order of size."""
+    slowest: Case | None
+    """The case that was refused latest."""
     problems: list[str]
     """What happened to the cluster, or to those beside."""
     num_beside: int
@@ -63,6 +65,8 @@ class Abuse:
         self._kinds: Counter[str] = Counter()
         self._findings: list[Finding] = []
         self._refused_s: list[float] = []
+        self._slowest: Case | None = None
+        self._slowest_s = 0.0
 
     def run(self, numbers: Sequence[int], *, seed: int, is_told: bool = False) -> Outcome:
         """Send the cases of these numbers, with streams beside them."""
@@ -75,6 +79,7 @@ class Abuse:
             kinds=self._kinds,
             findings=self._findings,
             refused_s=sorted(self._refused_s),
+            slowest=self._slowest,
             problems=[*beside.problems, *self._stage.problems()],
             num_beside=beside.num_streams,
             took_s=time.monotonic() - began_at,
@@ -106,6 +111,9 @@ class Abuse:
             return
         self._statuses[answer.status] += 1
         if 400 <= answer.status < 500 and case.is_whole:
+            if answer.waited_s > self._slowest_s:
+                self._slowest_s = answer.waited_s
+                self._slowest = case
             self._refused_s.append(answer.waited_s)
         for problem in problems_of(case, answer):
             self._find(case, problem)
