@@ -13,12 +13,14 @@ import pytest
 
 from tests.http_harness import HELLO, Harness, saying_text, serving
 from tests.tiny_models import write_model
+from understudy.actors.http_choices import ChoiceOutput
 from understudy.protocol.anthropic.messages import MessagesFields
 from understudy.protocol.openai.chat import ChatFields
 from understudy.protocol.openai.completions import CompletionFields
 from understudy.protocol.openai.generate import BatchFields, GenerateFields
 from understudy.protocol.openai.responses import ResponseFields
 from understudy.protocol.openai.tokenization import DetokenizeFields, TokenizeFields
+from understudy.protocol.request import TokenRow
 
 FUNCTION: Final = {"type": "function", "function": {"name": "f"}}
 PATHS: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
@@ -181,3 +183,31 @@ async def test_what_is_no_http_is_refused_in_our_form_and_without_an_echo(
         headers, _, body = answer.partition(b"\r\n\r\n")
         assert b"application/json" in headers
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_fault_in_one_answer_is_the_end_of_no_other(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, *, stream: bool
+) -> None:
+    advance = ChoiceOutput.advance
+
+    def fail_sometimes(output: ChoiceOutput, row: TokenRow) -> str:
+        if output.request.params.seed == 13 and row.position:
+            raise ValueError("a text that the parser cannot bear")
+        return advance(output, row)
+
+    monkeypatch.setattr(ChoiceOutput, "advance", fail_sometimes)
+    path = "/v1/chat/completions"
+    body = {"messages": HELLO, "stream": stream}
+    async with (
+        harness.post(path, {**body, "seed": 13}) as failing,
+        harness.post(path, {**body, "seed": 14}) as other,
+    ):
+        text = await failing.text()
+        assert failing.status == (200 if stream else 500)
+        assert '"code":"internal_error"' in text
+        assert "cannot bear" not in text
+        assert other.status == 200
+        assert "internal_error" not in await other.text()
+    await harness.cancelled()
+    assert harness.gateway.num_open == 0
