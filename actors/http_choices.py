@@ -11,15 +11,10 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from understudy.actors.gateway import Sink
+from understudy.actors.http_containment import ContainedSink
 from understudy.actors.http_unattended import Unattended
 from understudy.protocol.errors import DeadlineExceeded, NotFound, RequestError
-from understudy.protocol.messages import (
-    ClusterState,
-    Found,
-    TimelineRequest,
-    Timelines,
-    UsageReply,
-)
+from understudy.protocol.messages import ClusterState, Found, TimelineRequest, Timelines, UsageReply
 from understudy.protocol.openai.answer import Answer, finish_reason_or_error
 from understudy.protocol.openai.deltas import Delta, put_together
 from understudy.protocol.openai.logprobs import TokenLogprob, behind_first, spell_logprobs
@@ -114,15 +109,14 @@ class OpenRequests:
         if request.params.max_tokens == 0:
             sink.deliver(TokenRow(request.request_id, 0, 0, (), 0, FinishReason.LENGTH), "")
             return
-        self._open[request.request_id] = _Open(output, sink)
+        sink = self._hold(output, sink)
         self._port.submit(request, sink, now)
         self._wake()
 
     def join(self, output: ChoiceOutput, sink: Sink) -> None:
         """Join a request that was submitted before; all of its output comes again."""
         request_id = output.request.request_id
-        self._open[request_id] = _Open(output, sink)
-        self._port.attach(request_id, sink, 0)
+        self._port.attach(request_id, self._hold(output, sink), 0)
         self._wake()
 
     def close(self, request_id: int, *, has_ended: bool) -> None:
@@ -156,6 +150,12 @@ class OpenRequests:
             self.cancel_all()
         for sink in sinks:
             sink.fail(error)
+
+    def _hold(self, output: ChoiceOutput, sink: Sink) -> Sink:
+        request_id = output.request.request_id
+        contained = ContainedSink(sink, lambda: self.close(request_id, has_ended=False))
+        self._open[request_id] = _Open(output, contained)
+        return contained
 
 
 class ChoiceOutput:

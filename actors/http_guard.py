@@ -24,6 +24,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from understudy.actors.http_answers import HttpLimits
+from understudy.actors.http_refusals import refusing
 
 SWEEP_EVERY_S: Final = 0.5
 HANDSHAKE_S: Final = 10.0
@@ -225,7 +226,7 @@ class GuardedSite(web.SockSite):
         server = self._runner.server
         assert server is not None
         self._server = await asyncio.get_running_loop().create_server(
-            self._guards.guarded(server),
+            self._guards.guarded(refusing(server)),
             sock=self._sock,
             ssl=self._ssl_context,
             backlog=self._backlog,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from understudy.actors.http_access import OPEN_TARGETS
 from understudy.actors.http_answers import json_response
 from understudy.actors.http_generation import GenerationEndpoints
 from understudy.actors.http_messages import MessageEndpoints
@@ -51,7 +52,7 @@ class Route(NamedTuple):
     handler: Handler
 
 
-def routes(endpoints: Endpoints, *, version: str) -> list[Route]:
+def routes(endpoints: Endpoints, *, version: str, has_keys: bool) -> list[Route]:
     """All routes; the last one serves the document about them."""
     table = [
         *_generating(endpoints),
@@ -59,8 +60,13 @@ def routes(endpoints: Endpoints, *, version: str) -> list[Route]:
         *_keeping(endpoints),
         *_telling(endpoints),
     ]
-    own = Operation("GET", OPENAPI_PATH, "this document")
-    document = openapi_document([*(route.operation for route in table), own], version=version)
+    own = Operation("GET", OPENAPI_PATH, "this document", asks=False)
+    document = openapi_document(
+        [*(route.operation for route in table), own],
+        version=version,
+        has_keys=has_keys,
+        open_paths=OPEN_TARGETS,
+    )
 
     async def openapi(_: web.Request) -> web.Response:
         return json_response(document)
@@ -70,11 +76,11 @@ def routes(endpoints: Endpoints, *, version: str) -> list[Route]:
 
 def add_routes(router: web.UrlDispatcher, table: Iterable[Route]) -> None:
     """Have a router serve them. ``HEAD`` is answered where nothing can be streamed."""
-    for (method, path, *_, streams), handler in table:
-        if method == "GET":
-            router.add_get(path, handler, allow_head=not streams)
+    for operation, handler in table:
+        if operation.method == "GET":
+            router.add_get(operation.path, handler, allow_head=not operation.streams)
         else:
-            router.add_route(method, path, handler)
+            router.add_route(operation.method, operation.path, handler)
 
 
 def _generating(endpoints: Endpoints) -> list[Route]:
@@ -120,6 +126,7 @@ def _generating(endpoints: Endpoints) -> list[Route]:
                 "count a conversation's tokens",
                 MessagesFields,
                 ("messages",),
+                asks=False,
             ),
             endpoints.messages.count_tokens,
         ),
@@ -205,21 +212,32 @@ def _telling(endpoints: Endpoints) -> list[Route]:
     native, status, tokenization = endpoints.native, endpoints.status, endpoints.tokenization
     return [
         Route(
-            Operation("POST", "/tokenize", "text to tokens", TokenizeFields), tokenization.tokenize
+            Operation("POST", "/tokenize", "text to tokens", TokenizeFields, asks=False),
+            tokenization.tokenize,
         ),
         Route(
-            Operation("POST", "/detokenize", "tokens to text", DetokenizeFields, ("tokens",)),
+            Operation(
+                "POST",
+                "/detokenize",
+                "tokens to text",
+                DetokenizeFields,
+                ("tokens",),
+                asks=False,
+            ),
             tokenization.detokenize,
         ),
-        Route(Operation("GET", "/tokenizer_info", "the tokenizer"), tokenization.info),
+        Route(Operation("GET", "/tokenizer_info", "the tokenizer", asks=False), tokenization.info),
         Route(Operation("GET", "/v1/health", "whether requests are served"), native.health),
         Route(Operation("GET", "/v1/metrics", "how the latest requests fared"), native.metrics),
-        Route(Operation("GET", "/v1/usage", "what the caller has used"), endpoints.usage.usage),
+        Route(
+            Operation("GET", "/v1/usage", "what the caller has used", query=("days",)),
+            endpoints.usage.usage,
+        ),
         Route(Operation("GET", "/v1/requests/{id}", "what became of a call"), native.request),
-        Route(Operation("GET", "/v1/models", "the models"), status.models),
-        Route(Operation("GET", "/v1/models/{model:.+}", "a model"), status.model),
+        Route(Operation("GET", "/v1/models", "the models", asks=False), status.models),
+        Route(Operation("GET", "/v1/models/{model:.+}", "a model", asks=False), status.model),
         Route(Operation("GET", "/health", "whether requests are served"), status.ready),
         Route(Operation("GET", "/ready", "whether requests are served"), status.ready),
-        Route(Operation("GET", "/live", "whether this process runs"), status.live),
-        Route(Operation("GET", "/version", "the server's version"), status.version),
+        Route(Operation("GET", "/live", "whether this process runs", asks=False), status.live),
+        Route(Operation("GET", "/version", "the server's version", asks=False), status.version),
     ]

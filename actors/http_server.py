@@ -49,7 +49,7 @@ from understudy.protocol.errors import (
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.listening import BACKLOG
 from understudy.runtime.kit.tls import Certificate
-from understudy.runtime.log import get_logger
+from understudy.runtime.log import get_logger, where_it_failed
 from understudy.runtime.served_model import ServedModel
 
 WRITE_LAST_S: Final = 1.0
@@ -129,7 +129,8 @@ async def serve_http(
         status=status,
         usage=UsageEndpoint(port, wake, wall_clock=wall_clock),
     )
-    add_routes(app.router, routes(endpoints, version=status.server_version))
+    table = routes(endpoints, version=status.server_version, has_keys=find_key is not None)
+    add_routes(app.router, table)
 
     async def stop(_: web.Application) -> None:
         await asyncio.gather(answers.stop(), pooled.stop())
@@ -187,9 +188,9 @@ async def stop_http(runner: web.AppRunner) -> None:
 
 
 def _aiohttp_logger() -> logging.Logger:
-    """Where aiohttp reports what goes wrong, but for requests that are no HTTP.
+    """Where aiohttp reports what goes wrong, but for what is not HTTP, and clients who have gone.
 
-    Those are the client's fault; a traceback for each would let anyone fill the log.
+    Those are the client's doing; a traceback for each would let anyone fill the log.
     """
     logger = logging.getLogger("aiohttp.server")
     logger.addFilter(_is_our_fault)
@@ -197,7 +198,8 @@ def _aiohttp_logger() -> logging.Logger:
 
 
 def _is_our_fault(record: logging.LogRecord) -> bool:
-    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+    theirs = (HttpProcessingError, ConnectionError)
+    return record.exc_info is None or not isinstance(record.exc_info[1], theirs)
 
 
 def _error_middleware(chance: random.Random) -> Middleware:
@@ -217,8 +219,11 @@ def _error_middleware(chance: random.Random) -> Middleware:
             return response
         except ConnectionError:
             raise  # the client is gone; aiohttp knows what to do
-        except Exception:  # noqa: BLE001 - the outermost frame of a call
-            get_logger().exception("a request failed", path=request.path)
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a call
+            # Its own path may say more than the log should know.
+            resource = request.match_info.route.resource
+            path = None if resource is None else resource.canonical
+            get_logger().error("a request failed", path=path, where=where_it_failed(error))
             return _error_response(request, InternalError("the gateway failed"), chance)
 
     return answer

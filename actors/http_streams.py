@@ -32,7 +32,7 @@ from understudy.protocol.openai.answer import (
     usage,
 )
 from understudy.protocol.request import TokenRow
-from understudy.runtime.log import get_logger
+from understudy.runtime.log import get_logger, where_it_failed
 
 HIGH_WATER_BYTES: Final = 32 << 10
 """What waits here for a client to read, beside what the kernel has, before text is held."""
@@ -253,8 +253,8 @@ class EventStream:
                 self.write(last)
         except ConnectionError:
             pass  # the client is gone: aiohttp finds out when it ends the response
-        except Exception:  # noqa: BLE001 - the outermost frame of a call
-            get_logger().exception("a stream failed")
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a call
+            get_logger().error("a stream failed", where=where_it_failed(error))
             if not self._transport.is_closing():
                 self.write(self._shape_error(InternalError("the gateway failed")))
         finally:
@@ -263,6 +263,11 @@ class EventStream:
 
     def write(self, data: bytes) -> None:
         """Write to the connection, and stop the flow if the client has not read enough."""
+        if self._transport.is_closing():
+            # The client is gone, and in a turn of the loop aiohttp will end this handler. A write
+            # would raise under uvloop: in the caller, which speaks for all streams.
+            self.is_flowing = False
+            return
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._transport.write(data)

@@ -198,7 +198,8 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
 
 def _report_grammar(request_id: int, error: str) -> None:
     """Say that a grammar failed: how, but nothing of what it says."""
-    get_logger().warning("a grammar failed", request_id=request_id, error=error[:64])
+    # Behind the kind of error stands its message, which may quote the grammar.
+    get_logger().warning("a grammar failed", request_id=request_id, error=error.partition(":")[0])
 
 
 def _quantization_shown(config: EngineConfig, model_config: ModelConfig) -> str:

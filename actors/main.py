@@ -89,7 +89,8 @@ def run_engine(config: EngineConfig) -> int:
     identity = _identity(config.name)
     engine = _make_engine(config, identity, clock)
     mailbox = Mailbox.connect(zmq.Context.instance(), _address(config.run_dir), identity)
-    driver = Driver(engine, SessionTable(identity), clock)
+    sessions = SessionTable(identity)
+    driver = Driver(engine, sessions, clock)
     loop = StepLoop(driver, mailbox, engine)
     for number in _STOP_SIGNALS:
         signal.signal(number, lambda *_: loop.stop())
@@ -105,6 +106,7 @@ def run_engine(config: EngineConfig) -> int:
         will = driver.sessions.outgoing([Send(SUPERVISOR, Dying(reason))], clock.now())
         send_all(mailbox, will)
         mailbox.close()
+        _tell_dropped(sessions, mailbox)
     return 0
 
 
@@ -149,6 +151,7 @@ async def _serve_supervisor(config: SupervisorConfig) -> int:
     get_logger().info("supervisor is up", run_dir=str(config.run_dir), pid=os.getpid())
     await _until_stopped(loop)
     loop.stop()
+    _tell_dropped(sessions, mailbox)
     journal.close(clock.now())
     return 0
 
@@ -173,7 +176,8 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     gateway = Gateway(config.name, pid=os.getpid(), model=config.served_model_name, address=address)
     identity = _identity(config.name)
     mailbox = Mailbox.connect(zmq.Context.instance(), _address(config.run_dir), identity)
-    loop = ActorLoop(Driver(gateway, SessionTable(identity), clock), mailbox)
+    sessions = SessionTable(identity)
+    loop = ActorLoop(Driver(gateway, sessions, clock), mailbox)
     stopped = asyncio.ensure_future(_until_stopped(loop))  # it may be told to while it starts
     await _until_told(gateway, clock)
     keys = _watch_keys(config.key_file, config.api_key, clock)
@@ -206,6 +210,7 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
     await admin.cleanup()
     await stop_http(runner)
     loop.stop()
+    _tell_dropped(sessions, mailbox)
     return 0
 
 
@@ -251,6 +256,13 @@ def _make_engine(config: EngineConfig, identity: str, clock: MonotonicClock) -> 
         card=FileStepCard(card_path(config.run_dir, config.name), identity),
         clock=clock,
     )
+
+
+def _tell_dropped(sessions: SessionTable, mailbox: Mailbox) -> None:
+    """Say at the end how much came that was no message of anybody who may speak here."""
+    malformed = sessions.malformed + mailbox.misshapen
+    if malformed:
+        get_logger().warning("frames were dropped", malformed=malformed, stale=sessions.stale)
 
 
 async def _until_told(gateway: Gateway, clock: MonotonicClock) -> None:

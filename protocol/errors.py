@@ -29,7 +29,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+MESSAGE_LENGTH_MAX: Final = 400
+"""In characters: an error may quote what is wrong, and is no echo of it."""
 
 
 class RequestError(Exception):
@@ -45,8 +48,8 @@ class RequestError(Exception):
         self, message: str, *, param: str | None = None, retry_after_s: float | None = None
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = _shortened(message)
+        self.param = None if param is None else _shortened(param)
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
@@ -188,6 +191,10 @@ _BY_CODE: Mapping[str, type[RequestError]] = MappingProxyType(
         if kind.code is not None
     }
 )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MESSAGE_LENGTH_MAX else f"{text[: MESSAGE_LENGTH_MAX - 2]} …"
 
 
 def from_code(code: str, message: str, *, retry_after_s: float | None = None) -> RequestError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from typing import Any, Final, TextIO, cast
 
 import structlog
@@ -83,6 +84,13 @@ def configure_logging(actor: str, *, stream: TextIO | None = None) -> None:
 def get_logger() -> Logger:
     """The logger for a module: ``log.info("what happened", field=value)``."""
     return cast("Logger", structlog.get_logger())
+
+
+def where_it_failed(error: BaseException) -> str:
+    """The frames that an error has passed, and its kind: its message may quote what was sent."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames]
+    return "\n".join([*lines, type(error).__name__])
 
 
 class _Forward(logging.Handler):

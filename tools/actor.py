@@ -16,6 +16,7 @@ from understudy.runtime.kit.process import (
     Lock,
     LockHeld,
     die_with_parent,
+    leave_no_core,
     prepare_run_directory,
     remove_stale_socket,
 )
@@ -35,6 +36,7 @@ def run_actor(
     listen_fd: int | None = None,
 ) -> int:
     """Run the actor until it is told to stop; gives its exit status."""
+    leave_no_core()
     if parent_pid is not None:
         die_with_parent(parent_pid)
     from understudy.runtime.log import configure_logging, get_logger

@@ -12,7 +12,7 @@ from understudy.actors.launcher import Ready, StartFailed, run_launcher
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.config import LauncherConfig, launcher_config
 from understudy.runtime.exit_status import ExitStatus
-from understudy.runtime.kit.process import LockHeld, prepare_run_directory
+from understudy.runtime.kit.process import LockHeld, leave_no_core, prepare_run_directory
 from understudy.runtime.log import configure_logging, get_logger
 from understudy.tools.configuration import settle_with_model
 
@@ -35,6 +35,7 @@ def run_node(
     tell: Callable[[str], None] | None = None,
 ) -> int:
     """Run a node until it is stopped, telling (on stderr by default) what ended it too early."""
+    leave_no_core()
     configure_logging("launcher")
     say = tell or _say
     try:

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from understudy.protocol.messages import Capacity, Heartbeat, Hello, Role
 
 EPOCH_MAX: Final = 2**63 - 1
-"""More than is ever reached; a Hello that names a later one is not answered."""
+"""More than is ever reached; a Hello that names a later one, not given out here, gets no answer."""
 
 
 class MemberState(Enum):
@@ -85,7 +85,8 @@ class Registry:
         incarnation that comes after a later one, delayed or revived, must not take the name from
         it.
         """
-        if hello.last_epoch > EPOCH_MAX:
+        # Whoever names the last epoch of all would else lock out all who are given later ones.
+        if hello.last_epoch > EPOCH_MAX and hello.last_epoch >= self._next_epoch:
             return None
         # A member welcomes no epoch but a later one. A supervisor whose machine started anew may
         # have begun to count below those that its members have seen.

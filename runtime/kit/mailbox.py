@@ -40,6 +40,8 @@ class Mailbox:
         self._poll.register(self.fd, select.POLLIN)
         self._poll.register(self._nudges, select.POLLIN)
         self.unsent = 0
+        self.misshapen = 0
+        """What came in another number of parts than a frame has."""
 
     @classmethod
     def bind(cls, context: zmq.Context[zmq.Socket[bytes]], address: str) -> Mailbox:
@@ -50,6 +52,9 @@ class Mailbox:
         """
         socket = context.socket(zmq.ROUTER)
         _set_limits(socket)
+        # Whoever sends more is cut off for good. A member has no such limit: it would be cut off
+        # itself, and what is too large for it the codec refuses.
+        socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
             socket.bind(address)
@@ -118,6 +123,8 @@ class Mailbox:
                     frames.append((parts[0].decode(errors="replace"), parts[1]))
                 elif not self._is_router and len(parts) == 1:
                     frames.append((SUPERVISOR, parts[0]))
+                else:
+                    self.misshapen += 1
         return frames
 
     def send(self, to: str, frame: bytes) -> bool:
@@ -141,6 +148,5 @@ class Mailbox:
 
 
 def _set_limits(socket: zmq.Socket[bytes]) -> None:
-    socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import math
 import os
+import resource
 import signal
 import stat
 import time
@@ -163,6 +164,18 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(code, os.strerror(code))
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_no_core() -> None:
+    """Have this process, and those that it starts, leave no image of their memory when they crash.
+
+    It would hold prompts and keys. The limit is one byte and not none: a program to which the
+    kernel pipes cores gets them whatever the limit is, but for this very one (core(5), and
+    ``do_coredump`` in the kernel's fs/coredump.c).
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def prepare_run_directory(run_dir: Path) -> None:

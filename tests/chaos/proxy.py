@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import queue
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,8 @@ from typing import Final, NamedTuple, Self
 import zmq
 
 _LOOK_EVERY_MS: Final = 5
+HEARD_MAX: Final = 1000
+FORGED_MAX: Final = 32
 TO_SUPERVISOR: Final = "to supervisor"
 TO_MEMBER: Final = "to member"
 
@@ -59,6 +63,9 @@ class Proxy:
         self._back: dict[bytes, zmq.Socket[bytes]] = {}
         self._held: list[_Held] = []
         self._numbers = itertools.count()
+        self._forged: queue.Queue[tuple[bytes, list[bytes]]] = queue.Queue(FORGED_MAX)
+        self.heard: deque[tuple[bytes, bytes]] = deque(maxlen=HEARD_MAX)
+        """The latest frames to members, with whom they were for."""
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -76,6 +83,15 @@ class Proxy:
         self._thread.join()
         self._context.destroy(linger=0)
 
+    @property
+    def members(self) -> list[bytes]:
+        """The identities that have spoken so far."""
+        return list(self._back)
+
+    def forge(self, identity: bytes, parts: list[bytes]) -> None:
+        """Send a member something that its supervisor never said. Waits while much is waiting."""
+        self._forged.put((identity, parts))
+
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._front, zmq.POLLIN)
@@ -90,7 +106,12 @@ class Proxy:
             for identity, back in self._back.items():
                 while back.poll(0):
                     (frame,) = back.recv_multipart()
+                    self.heard.append((identity, frame))
                     self._carry(identity, TO_MEMBER, self._front, [identity, frame])
+            for _ in range(self._forged.qsize()):
+                # No more than were there: what the others say must not wait for them.
+                identity, parts = self._forged.get()
+                self._send(self._front, [identity, *parts])
             now = time.monotonic()
             while self._held and self._held[0].due_at <= now:
                 held = heapq.heappop(self._held)

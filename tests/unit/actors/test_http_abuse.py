@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Callable
@@ -12,12 +13,14 @@ import pytest
 
 from tests.http_harness import HELLO, Harness, saying_text, serving
 from tests.tiny_models import write_model
+from understudy.actors.http_choices import ChoiceOutput
 from understudy.protocol.anthropic.messages import MessagesFields
 from understudy.protocol.openai.chat import ChatFields
 from understudy.protocol.openai.completions import CompletionFields
 from understudy.protocol.openai.generate import BatchFields, GenerateFields
 from understudy.protocol.openai.responses import ResponseFields
 from understudy.protocol.openai.tokenization import DetokenizeFields, TokenizeFields
+from understudy.protocol.request import TokenRow
 
 FUNCTION: Final = {"type": "function", "function": {"name": "f"}}
 PATHS: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
@@ -143,3 +146,68 @@ async def test_deep_schemas_and_arguments_are_refused_or_shown(
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
     error = await harness.error(path, {"messages": [*HELLO, turn]})
     assert error["param"] == "messages[1].tool_calls"
+
+
+async def test_an_error_is_no_echo(harness: Harness) -> None:
+    long = "🦊" * 20_000
+    for path, body in (
+        ("/v1/responses", {"input": "x", "truncation": long}),
+        ("/v1/chat/completions", {"messages": [{"role": long, "content": "x"}]}),
+        ("/v1/chat/completions", {"messages": HELLO, "tool_choice": long}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 1, "model": long}),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {long: 1}}),
+    ):
+        async with harness.post(path, body) as response:
+            assert response.status in {400, 404}
+            assert len(await response.read()) < 2000, path
+
+
+async def test_what_is_no_http_is_refused_in_our_form_and_without_an_echo(
+    harness: Harness,
+) -> None:
+    secret = "sk-" + "x" * 60
+    for head in (
+        f"GET /v1/models HTTP/1.1\r\nAuthorization: Bearer {secret}\r\nA B: {secret}\r\n",
+        f"get /v1/models HTTP/1.1\r\nAuthorization: {secret}\r\n",
+        f"GET {secret} HTTP/1.1\r\nHost: x\r\n",
+        f"GET /v1/models HTTP/1.1\r\nAuthorization: {secret}\x00\r\n",
+        f"{secret * 200}\r\n",
+    ):
+        reader, writer = await asyncio.open_connection(harness.host, harness.port)
+        writer.write(f"{head}\r\n".encode())
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        assert answer.split(b" ", 2)[1] == b"400", answer
+        assert secret.encode() not in answer
+        headers, _, body = answer.partition(b"\r\n\r\n")
+        assert b"application/json" in headers
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_fault_in_one_answer_is_the_end_of_no_other(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, *, stream: bool
+) -> None:
+    advance = ChoiceOutput.advance
+
+    def fail_sometimes(output: ChoiceOutput, row: TokenRow) -> str:
+        if output.request.params.seed == 13 and row.position:
+            raise ValueError("a text that the parser cannot bear")
+        return advance(output, row)
+
+    monkeypatch.setattr(ChoiceOutput, "advance", fail_sometimes)
+    path = "/v1/chat/completions"
+    body = {"messages": HELLO, "stream": stream}
+    async with (
+        harness.post(path, {**body, "seed": 13}) as failing,
+        harness.post(path, {**body, "seed": 14}) as other,
+    ):
+        text = await failing.text()
+        assert failing.status == (200 if stream else 500)
+        assert '"code":"internal_error"' in text
+        assert "cannot bear" not in text
+        assert other.status == 200
+        assert "internal_error" not in await other.text()
+    await harness.cancelled()
+    assert harness.gateway.num_open == 0

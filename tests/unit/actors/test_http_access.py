@@ -97,6 +97,62 @@ async def test_no_spelling_of_a_path_goes_round_the_key(harness: Harness) -> Non
             assert status_of(answer) in {400, 401}, (method, target, answer)
 
 
+def spellings(path: str) -> list[str]:
+    """Other ways to write a path, which one reader or another takes for it."""
+    name = path.lstrip("/")
+    first, _, rest = name.partition("/")
+    return [
+        *(f"//{name}", f"/./{name}", f"/x/../{name}", f"/{first}//{rest}", f"/{first}/./{rest}"),
+        *(f"/%2e/{name}", f"/%2e%2e/{name}", f"/x/%2e%2e/{name}", f"/%2f{name}", f"/;/{name}"),
+        *(f"{path};", f"{path};/health", f"{path}/", f"{path}//", f"{path}/.", f"{path}/%2e"),
+        *(
+            path.upper(),
+            path.title(),
+            f"/%{ord(name[0]):02x}{name[1:]}",
+            f"{path}%00",
+            f"{path}%20",
+        ),
+        *(
+            f"http://x{path}",
+            f"HTTP://x:1{path}",
+            f"http://health{path}",
+            f"{path}?",
+            f"{path}?/live",
+        ),
+        *(f"/health/..{path}", f"/health/%2e%2e{path}", f"/live/..;{path}", f"/ready;/..{path}"),
+        *(f"/health?{path}", f"/health%3f{path}", f"/health{path}", f"{path}#/health", f"\\{name}"),
+        *(
+            f"/health%2f..{path}",
+            f"/health\\..{path}",
+            f"{path}%2f..%2fhealth",
+            f"{path}/../health",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    "head", ["", "\r\nAuthorization: Bearer wrong", "\r\nx-api-key: wrong"], ids=str.strip
+)
+async def test_no_spelling_of_any_route_goes_round_the_key(harness: Harness, head: str) -> None:
+    assert harness.runner.app is not None
+    routes = {
+        (route.method, route.resource.canonical.replace("{id}", "resp_0000000000000001"))
+        for route in harness.runner.app.router.routes()
+        if route.resource is not None
+    }
+    asked = [
+        (method, target)
+        for method, path in sorted(routes)
+        for target in spellings(path.replace("{model}", "tiny"))
+    ]
+    assert len(asked) > 1000
+    # A status of 400 is that of a request line which is none.
+    for method, target in asked:
+        status = status_of(await raw(harness, f"{method} {target} HTTP/1.1{head}"))
+        assert status in {400, 401}, (method, target)
+    assert harness.gateway.submitted == []
+
+
 async def test_what_a_load_balancer_asks_is_open(harness: Harness) -> None:
     for path in OPEN:
         assert status_of(await raw(harness, f"GET {path} HTTP/1.1")) == 200

@@ -249,6 +249,28 @@ async def test_a_refused_response_in_background_is_an_error(silent: Harness) -> 
     assert error["code"] == "unavailable"
 
 
+@pytest.mark.parametrize("tokens", [0, 2])
+async def test_a_kept_response_that_was_refused_on_its_way_says_why(
+    silent: Harness, tokens: int
+) -> None:
+    name = (await silent.answer(RESPONSES, {**BODY, "background": True}))["id"]
+    [request] = silent.gateway.submitted
+    made = silent.tokens("one two three")[:tokens]
+    silent.gateway.deliver(request, *made, finish=FinishReason.REFUSED)
+    answer = await ask(silent, "GET", f"{RESPONSES}/{name}")
+    assert answer["status"] == "failed"
+    assert "grammar" in answer["error"]["message"]
+    assert await ask(silent, "GET", f"{RESPONSES}/{name}") == answer
+    assert (await ask(silent, "POST", f"{RESPONSES}/{name}/cancel"))["status"] == "failed"
+    # Who joins it as a stream is refused as who made it would have been.
+    refusal = await ask(silent, "GET", f"{RESPONSES}/{name}?stream=true", status=400)
+    assert error_of(refusal)["message"] == answer["error"]["message"]
+    error = await silent.error(RESPONSES, {**BODY, "previous_response_id": name})
+    assert error["param"] == "previous_response_id"
+    assert (await ask(silent, "DELETE", f"{RESPONSES}/{name}"))["deleted"]
+    await ask(silent, "GET", f"{RESPONSES}/{name}", status=404)
+
+
 async def test_a_conversation_goes_on_from_a_response(talking: Harness) -> None:
     first = await talking.answer(RESPONSES, {**BODY, "tools": [TOOL], "instructions": "be kind"})
     call = first["output"][2]

@@ -13,6 +13,7 @@ from tests.http_harness import HELLO, Harness, serving
 from tests.tiny_models import write_model
 from understudy.protocol.openai.generate import GenerateFields
 from understudy.protocol.openai.openapi import Operation, openapi_document
+from understudy.runtime.keys import KeyRing, make_key
 
 
 @pytest.fixture
@@ -106,3 +107,35 @@ def test_a_body_is_described_by_its_type() -> None:
     assert {"prompt", "token_ids", "temperature", "seed"} <= fields.keys()
     answer = told["paths"]["/x"]["post"]["responses"]["200"]
     assert {*answer["content"]} == {"application/json", "text/event-stream"}
+
+
+async def test_the_document_says_which_calls_need_a_key(directory: Path) -> None:
+    new = make_key("acme", created=0)
+    ring = KeyRing([new.record])
+    async with serving(directory, find_key=ring.find) as harness:
+        async with harness.session.get("/openapi.json", headers={"x-api-key": new.key}) as response:
+            told = await response.json()
+        schemes = told["components"]["securitySchemes"]
+        assert {*schemes} == {name for one in told["security"] for name in one}
+        for path, methods in told["paths"].items():
+            for method, one in methods.items():
+                is_open = one.get("security", told["security"]) == []
+                assert ("401" in one["responses"]) != is_open
+                async with harness.session.request(method, path) as response:
+                    assert (response.status == 401) != is_open, (method, path)
+    async with serving(directory) as harness:
+        told = await document(harness)
+        assert "security" not in told
+        assert "securitySchemes" not in told["components"]
+        assert "401" not in told["paths"]["/v1/models"]["get"]["responses"]
+
+
+async def test_every_refusal_is_described(directory: Path) -> None:
+    async with serving(directory) as harness:
+        told = await document(harness)
+        for path, methods in told["paths"].items():
+            for method, one in methods.items():
+                async with harness.session.request(method, path, data=b"x") as response:
+                    assert str(response.status) in one["responses"], (method, path)
+                    content = one["responses"][str(response.status)]["content"]
+                    assert response.content_type in content

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
+import logging
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
+from aiohttp import ClientConnectionResetError
 
 from tests.http_harness import (
     CHAT,
@@ -24,6 +28,7 @@ from understudy.protocol.errors import Quarantined, Unavailable
 from understudy.protocol.messages import ClusterState
 from understudy.protocol.openai.answer import system_fingerprint
 from understudy.protocol.request import Request
+from understudy.runtime.log import configure_logging
 
 BODY_BYTES_MAX = 1 << 16
 GENERATING = (CHAT, COMPLETIONS)
@@ -345,3 +350,41 @@ async def test_requests_that_are_no_http_disturb_neither_others_nor_the_log(
 async def test_very_many_headers_are_refused(harness: Harness) -> None:
     async with harness.post(COMPLETIONS, {"prompt": "x"}, Big="x" * 100_000) as response:
         assert response.status == 400
+
+
+async def test_a_client_who_has_gone_fills_no_log(
+    harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("aiohttp.server")
+    for error in (ConnectionResetError("gone"), ClientConnectionResetError("gone")):
+        logger.error("Error handling request", exc_info=error)
+    assert caplog.records == []
+    logger.error("Error handling request", exc_info=ValueError("ours"))
+    assert len(caplog.records) == 1
+
+
+async def test_what_fails_is_logged_without_what_was_sent(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a secret prompt")
+
+    log, handlers, level = io.StringIO(), logging.root.handlers, logging.root.level
+    configure_logging("gateway-0", stream=log)
+    try:
+        monkeypatch.setattr(harness.gateway, "submit", fail)
+        error = await harness.error(COMPLETIONS, {"prompt": "a secret prompt"}, status=500)
+        monkeypatch.setattr(harness.gateway, "look_up", fail)
+        path = "/v1/responses/resp_00000000000000ab"
+        async with harness.session.get(path) as response:
+            assert response.status == 500
+    finally:
+        logging.root.handlers = handlers
+        logging.root.setLevel(level)
+        structlog.reset_defaults()
+        structlog.contextvars.clear_contextvars()
+    assert error["code"] == "internal_error"
+    assert log.getvalue().count("a request failed") == 2
+    assert "/v1/responses/{id}" in log.getvalue()
+    for secret in ("secret", "00ab"):
+        assert secret not in log.getvalue()

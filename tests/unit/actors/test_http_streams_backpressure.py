@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from pathlib import Path
 
 import msgspec
@@ -48,6 +49,15 @@ class SlowClient:
         while piece := await loop.sock_recv(self._socket, 1 << 16):
             pieces.append(piece)
         return b"".join(pieces)
+
+    async def read_some(self) -> bytes:
+        """What is there, once something is."""
+        return await asyncio.get_running_loop().sock_recv(self._socket, 1 << 12)
+
+    def reset(self) -> None:
+        """Close it the hard way."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket.close()
 
     def close(self) -> None:
         self._socket.close()
@@ -117,3 +127,26 @@ def unchunked(raw: bytes) -> bytes:
         pieces.append(rest[:length])
         assert rest[length : length + 2] == b"\r\n"
         rest = rest[length + 2 :]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_tokens_for_a_client_who_has_just_gone_hurt_nobody(loop: str, tmp_path: Path) -> None:
+    """Between the end of its connection and that of its handler there is a turn of the loop."""
+
+    async def main() -> None:
+        directory = write_model(tmp_path, max_position_embeddings=1 << 16)
+        async with serving(directory) as harness:
+            for number in range(1, 21):
+                client = SlowClient(harness)
+                await client.post(MANY_BODY)
+                request = await harness.submitted(number)
+                harness.gateway.deliver(request, 70)
+                await client.read_some()
+                client.reset()
+                while harness.gateway.num_open:
+                    harness.gateway.deliver(request, 70)
+                    await asyncio.sleep(0)
+                assert harness.gateway.cancelled[-1] == request.request_id
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(main())

@@ -164,6 +164,15 @@ def test_an_epoch_that_cannot_be_is_not_answered(registry: Registry, last_epoch:
     assert greet(registry, hello(last_epoch=EPOCH_MAX), "engine-0.1", 5.0).member.epoch < 2**64
 
 
+def test_no_stranger_can_use_epochs_up(registry: Registry) -> None:
+    greet(registry, hello("stranger", last_epoch=EPOCH_MAX), "stranger.1", 5.0)
+    for _ in range(3):
+        member = greet(registry, hello(), "engine-0.1", 6.0).member
+        again = greet(registry, hello(last_epoch=member.epoch), "engine-0.1", 7.0)
+        assert again.is_new_session
+        assert again.member.epoch < 2**64
+
+
 @pytest.mark.parametrize("identity", ["engine-0", "", ".", "engine-0.x", "e." + "9" * 99])
 def test_an_identity_without_a_number_is_taken_as_it_comes(
     registry: Registry, identity: str

@@ -171,6 +171,17 @@ def test_messages_to_a_peer_that_does_not_read_are_bounded_and_never_wait(pair: 
     assert receive_frames(pair.member, taken) == [(SUPERVISOR, frame)] * taken
 
 
+def test_a_frame_that_is_too_large_does_not_cut_a_member_off(pair: Pair) -> None:
+    """ZeroMQ would end its connection for that, and never come back."""
+    send_when_possible(pair.supervisor, "engine-0.1", b"x" * (FRAME_BYTES_MAX + 1))
+    send_when_possible(pair.supervisor, "engine-0.1", b"after")
+    [(_, large), (_, after)] = receive_frames(pair.member, 2)
+    assert len(large) > FRAME_BYTES_MAX  # the codec refuses it
+    assert after == b"after"
+    send_when_possible(pair.member, SUPERVISOR, b"still here")
+    assert receive_frames(pair.supervisor, 1) == [("engine-0.1", b"still here")]
+
+
 def test_a_frame_of_several_parts_is_no_frame(pair: Pair, context: Context, address: str) -> None:
     stranger = context.socket(zmq.DEALER)
     stranger.setsockopt(zmq.ROUTING_ID, b"\xff\xfe")

@@ -261,3 +261,16 @@ def test_who_has_a_file_open_is_seen(tmp_path: Path) -> None:
     with path.open("w"):
         assert has_open(os.getpid(), path)
     assert not has_open(2**22 + 1, path)
+
+
+def test_a_crash_leaves_no_core(tmp_path: Path) -> None:
+    code = (
+        "import os, resource, signal\n"
+        "from understudy.runtime.kit.process import leave_no_core\n"
+        "leave_no_core(); leave_no_core()\n"
+        "assert max(resource.getrlimit(resource.RLIMIT_CORE)) <= 1\n"
+        "os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path)
+    assert done.returncode == -signal.SIGSEGV
+    assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from understudy.runtime.log import configure_logging, get_logger
+from understudy.runtime.log import configure_logging, get_logger, where_it_failed
 
 
 class Terminal(io.StringIO):
@@ -97,3 +97,15 @@ def test_libraries_come_out_in_the_same_form_from_warnings_upwards() -> None:
         "asyncio",
         "warning",
     )
+
+
+def test_where_something_failed_is_told_without_what_it_said() -> None:
+    def fail() -> None:
+        raise ValueError("what a client sent")
+
+    with pytest.raises(ValueError, match="sent") as failed:
+        fail()
+    told = where_it_failed(failed.value)
+    assert told.endswith("ValueError")
+    assert " in fail" in told
+    assert "sent" not in told
