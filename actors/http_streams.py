@@ -262,7 +262,13 @@ class EventStream:
         return self._response
 
     def write(self, data: bytes) -> None:
-        """Write to the connection, and stop the flow if the client has not read enough."""
+        """Write to the connection, and stop the flow if the client has not read enough.
+
+        Of a client that has gone, the handler's task hears only in the next turn of the loop.
+        """
+        if self._transport.is_closing():
+            self.is_flowing = False
+            return
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._transport.write(data)
