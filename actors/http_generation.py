@@ -12,18 +12,21 @@ from typing import Any, Final, NamedTuple, TypeVar
 from aiohttp import hdrs, web
 
 from understudy.actors.grammar_checks import GrammarChecks
-from understudy.actors.http_access import with_rights
+from understudy.actors.http_access import priority_of, tenant_of, with_rights
 from understudy.actors.http_answers import Answers, Call, HttpLimits
+from understudy.actors.http_early_refusals import EarlyRefusals
 from understudy.actors.http_rejoin import (
     StreamEndpoints,
     body_digest,
     idempotency_key,
     is_resumable_call,
 )
+from understudy.actors.http_return_times import ReturnTimes
 from understudy.protocol.errors import (
     AlreadySubmitted,
     ContextLengthExceeded,
     InvalidRequest,
+    Overloaded,
     PayloadTooLarge,
 )
 from understudy.protocol.messages import ClusterState
@@ -114,6 +117,8 @@ class GenerationEndpoints:
         self._limits = limits
         self._wall_clock = wall_clock
         self._draw = draw
+        self._early_refusals = EarlyRefusals()
+        self._return_times = ReturnTimes()
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
 
     def close(self) -> None:
@@ -124,8 +129,28 @@ class GenerationEndpoints:
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/chat/completions``."""
         raw = await self.read(http_request)
-        prepared = await self.prepare_chat(chat.parse_chat(raw, self.model()), size=len(raw))
+        body = chat.parse_chat(raw, self.model())
+        self.refuse_early(http_request, body.generation, size=len(raw))
+        prepared = await self.prepare_chat(body, size=len(raw))
         return await self.answer(http_request, raw, prepared)
+
+    def refuse_early(self, http_request: web.Request, generation: Generation, *, size: int) -> None:
+        """Refuse a call of ``size`` bytes before its prompt is read, if that can be told.
+
+        Raises:
+            Overloaded: the queue was full a moment ago.
+        """
+        if idempotency_key(http_request):
+            return  # it may join a call that is there already
+        now = asyncio.get_running_loop().time()
+        refusal = self._early_refusals.find(
+            tenant=tenant_of(http_request),
+            priority=priority_of(http_request, generation.priority),
+            num_bytes=size,
+            now=now,
+        )
+        if refusal is not None:
+            raise self._return_times.in_line(refusal, now)
 
     async def prepare_chat(
         self,
@@ -172,7 +197,9 @@ class GenerationEndpoints:
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/completions``."""
         raw = await self.read(http_request)
-        prepared = await self.prepare_completion(parse_completion(raw, self.model()), size=len(raw))
+        body = parse_completion(raw, self.model())
+        self.refuse_early(http_request, body.generation, size=len(raw))
+        prepared = await self.prepare_completion(body, size=len(raw))
         return await self.answer(http_request, raw, prepared)
 
     async def prepare_completion(self, body: Completion, *, size: int) -> Prepared:
@@ -327,10 +354,25 @@ class GenerationEndpoints:
         self, http_request: web.Request, raw: bytes, prepared: Prepared
     ) -> web.StreamResponse:
         """Submit and answer a call, or join the one that it repeats."""
+        loop = asyncio.get_running_loop()
         try:
-            return await self._answers.answer(http_request, self.call(http_request, raw, prepared))
+            response = await self._answers.answer(
+                http_request, self.call(http_request, raw, prepared)
+            )
         except AlreadySubmitted as submitted:
             original_group_id = submitted.original_group_id
+        except Overloaded as error:
+            self._early_refusals.note(
+                error,
+                tenant=tenant_of(http_request),
+                priority=priority_of(http_request, prepared.generation.priority),
+                num_bytes=len(raw),
+                now=loop.time(),
+            )
+            raise self._return_times.in_line(error, loop.time()) from None
+        else:
+            self._return_times.call_ended(loop.time())
+            return response
         return await self._streams.join(http_request, original_group_id, prepared.ignored)
 
     def call(self, http_request: web.Request, raw: bytes, prepared: Prepared) -> Call:
