@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import resource
+import socket
 import time
 from pathlib import Path
 from typing import Any, Final, cast
@@ -43,6 +44,8 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         if not self._reads:
             self.transport.pause_reading()
+            connection = self.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.sent_at = time.monotonic()
         self.transport.write(self._request)
 
