@@ -102,6 +102,8 @@ async def connect(
 ) -> Connection:
     """Send a request on a new connection."""
     address = urlsplit(cluster_url)
+    assert address.hostname is not None
+    assert address.port is not None
     _, connection = await asyncio.get_running_loop().create_connection(
         lambda: Connection(request, reads=reads, keeps_times=keeps_times),
         address.hostname,

@@ -40,6 +40,8 @@ from tests.performance.connections import (
 
 READERS: Final = 50
 MIB: Final = 1 << 20
+FILL_S: Final = 25.0
+"""In so long what the kernel keeps for a client is full, and in twice that nobody is given up."""
 AT_ONCE: Final = 200
 """Connections that are opened or left at the same time."""
 
@@ -54,7 +56,7 @@ class Figure(NamedTuple):
 
 def unread(size: int) -> Iterator[Figure]:
     """Clients that do not read, beside others that do."""
-    environment = {"UNDERSTUDY_ECHO_TOKENS_PER_S": "20", "UNDERSTUDY_QUEUE_MAX": str(2 * size)}
+    environment = {"UNDERSTUDY_ECHO_TOKENS_PER_S": "10", "UNDERSTUDY_QUEUE_MAX": str(2 * size)}
     seats = f"--max-num-seqs={size + 2 * READERS}"
     with running_cluster(seats, engines=2, environment=environment) as cluster:
         alone, beside, grown = uvloop.run(_read_beside(cluster, size))
@@ -70,10 +72,12 @@ def unread(size: int) -> Iterator[Figure]:
 async def _read_beside(cluster: Cluster, size: int) -> tuple[float, float, int]:
     """The readers' p99 ITL alone and beside the others, and what the gateway has grown by."""
     url = cluster.base_url
-    long = completion(prompt="hello", max_tokens=900)
+    # With log probabilities, so that what is not read soon fills all buffers.
+    long = completion(prompt="hello", max_tokens=900, logprobs=3)
     alone = await _inter_token_s(url)
     before = await asyncio.to_thread(resident_bytes, cluster)
     silent = [await connect(url, long, reads=False) for _ in range(size)]
+    await asyncio.sleep(FILL_S)
     beside = await _inter_token_s(url)
     grown = await asyncio.to_thread(resident_bytes, cluster) - before
     await close_all(silent)
@@ -82,7 +86,7 @@ async def _read_beside(cluster: Cluster, size: int) -> tuple[float, float, int]:
 
 async def _inter_token_s(url: str) -> float:
     """The p99 of the time between two reads of those who read."""
-    request = completion(prompt="hello", max_tokens=200)
+    request = completion(prompt="hello", max_tokens=150)
     readers = [await connect(url, request, keeps_times=True) for _ in range(READERS)]
     async with asyncio.timeout(120):
         await asyncio.gather(*(reader.closed for reader in readers))
