@@ -73,6 +73,12 @@ def presented_key(http_request: web.Request) -> bytes | None:
     return presented.encode("utf-8", "surrogateescape")
 
 
+def priority_of(http_request: web.Request, asked: int) -> int:
+    """How urgent a call may be that asks for this priority."""
+    key = http_request.get(KEY)
+    return asked if key is None else max(asked, key.priority)
+
+
 def with_rights(http_request: web.Request, requests: Sequence[Request]) -> list[Request]:
     """Requests as the caller may make them: its tenant's, and no more urgent than its key allows.
 
@@ -82,7 +88,6 @@ def with_rights(http_request: web.Request, requests: Sequence[Request]) -> list[
     Raises:
         InvalidRequest: a header is no deadline.
     """
-    key = http_request.get(KEY)
     deadline_s = _header_s(http_request, DEADLINE_HEADER)
     first_token_s = _header_s(http_request, TTFT_HEADER)
     passed_s = asyncio.get_running_loop().time() - http_request[ARRIVED_AT]
@@ -90,7 +95,7 @@ def with_rights(http_request: web.Request, requests: Sequence[Request]) -> list[
         dataclasses.replace(
             request,
             tenant=tenant_of(http_request),
-            priority=request.priority if key is None else max(request.priority, key.priority),
+            priority=priority_of(http_request, request.priority),
             deadline_s=_earlier(deadline_s, request.deadline_s, passed_s),
             first_token_s=_earlier(first_token_s, request.first_token_s, passed_s),
         )

@@ -12,19 +12,24 @@ from typing import Any, Final, NamedTuple, TypeVar
 from aiohttp import hdrs, web
 
 from understudy.actors.grammar_checks import GrammarChecks
-from understudy.actors.http_access import with_rights
+from understudy.actors.http_access import priority_of, with_rights
 from understudy.actors.http_answers import Answers, Call, HttpLimits
+from understudy.actors.http_early_refusals import EarlyRefusals
+from understudy.actors.http_meaning import meaning_of, with_calls
 from understudy.actors.http_rejoin import (
     StreamEndpoints,
     body_digest,
     idempotency_key,
     is_resumable_call,
+    tenant_of,
 )
+from understudy.actors.http_return_times import ReturnTimes
 from understudy.actors.http_thoughts import with_thinking
 from understudy.protocol.errors import (
     AlreadySubmitted,
     ContextLengthExceeded,
     InvalidRequest,
+    Overloaded,
     PayloadTooLarge,
 )
 from understudy.protocol.messages import ClusterState
@@ -47,12 +52,8 @@ from understudy.protocol.openai.sampling import (
     make_requests,
     telling_prompt,
 )
-from understudy.protocol.openai.structured_output import Grammar, refuse_with_grammar
-from understudy.protocol.openai.tool_grammar import Thoughts, strict_grammar, tool_grammar
-from understudy.protocol.openai.tools import schema_of
 from understudy.protocol.request import Request
-from understudy.runtime.parsers.qwen3_coder import parameter_types
-from understudy.runtime.parsers.reasoning import FORMATS, begins_inside
+from understudy.runtime.parsers.reasoning import begins_inside
 from understudy.runtime.served_model import ServedModel
 
 T = TypeVar("T")
@@ -120,6 +121,8 @@ class GenerationEndpoints:
         self._limits = limits
         self._wall_clock = wall_clock
         self._draw = draw
+        self._early_refusals = EarlyRefusals()
+        self._return_times = ReturnTimes()
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
 
     def close(self) -> None:
@@ -130,8 +133,28 @@ class GenerationEndpoints:
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/chat/completions``."""
         raw = await self.read(http_request)
-        prepared = await self.prepare_chat(chat.parse_chat(raw, self.model()), size=len(raw))
+        body = chat.parse_chat(raw, self.model())
+        self.refuse_early(http_request, body.generation, size=len(raw))
+        prepared = await self.prepare_chat(body, size=len(raw))
         return await self.answer(http_request, raw, prepared)
+
+    def refuse_early(self, http_request: web.Request, generation: Generation, *, size: int) -> None:
+        """Refuse a call of ``size`` bytes before its prompt is read, if that can be told.
+
+        Raises:
+            Overloaded: the queue was full a moment ago.
+        """
+        if idempotency_key(http_request):
+            return  # it may join a call that is there already
+        now = asyncio.get_running_loop().time()
+        refusal = self._early_refusals.find(
+            tenant=tenant_of(http_request),
+            priority=priority_of(http_request, generation.priority),
+            num_bytes=size,
+            now=now,
+        )
+        if refusal is not None:
+            raise self._return_times.in_line(refusal, now)
 
     async def prepare_chat(
         self,
@@ -155,7 +178,7 @@ class GenerationEndpoints:
         model = self.model()
         model.check_generates()
         prompt = await self.chat_prompt(body, model, size=size)
-        generation = _with_calls(body, model, begins_in_reasoning=prompt.begins_in_reasoning)
+        generation = with_calls(body, model, begins_in_reasoning=prompt.begins_in_reasoning)
         generation = await self._with_grammar(generation)
         generation = with_thinking(
             generation,
@@ -173,7 +196,7 @@ class GenerationEndpoints:
             requests,
             [None] * len(requests),
             (*body.ignored, *self._unseen(body)),
-            meaning=_meaning(body, model, begins_in_reasoning=prompt.begins_in_reasoning),
+            meaning=meaning_of(body, model, begins_in_reasoning=prompt.begins_in_reasoning),
             repeated=repeated,
         )
 
@@ -186,7 +209,9 @@ class GenerationEndpoints:
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
         """Answer ``POST /v1/completions``."""
         raw = await self.read(http_request)
-        prepared = await self.prepare_completion(parse_completion(raw, self.model()), size=len(raw))
+        body = parse_completion(raw, self.model())
+        self.refuse_early(http_request, body.generation, size=len(raw))
+        prepared = await self.prepare_completion(body, size=len(raw))
         return await self.answer(http_request, raw, prepared)
 
     async def prepare_completion(self, body: Completion, *, size: int) -> Prepared:
@@ -346,10 +371,25 @@ class GenerationEndpoints:
         self, http_request: web.Request, raw: bytes, prepared: Prepared
     ) -> web.StreamResponse:
         """Submit and answer a call, or join the one that it repeats."""
+        loop = asyncio.get_running_loop()
         try:
-            return await self._answers.answer(http_request, self.call(http_request, raw, prepared))
+            response = await self._answers.answer(
+                http_request, self.call(http_request, raw, prepared)
+            )
         except AlreadySubmitted as submitted:
             original_group_id = submitted.original_group_id
+        except Overloaded as error:
+            self._early_refusals.note(
+                error,
+                tenant=tenant_of(http_request),
+                priority=priority_of(http_request, prepared.generation.priority),
+                num_bytes=len(raw),
+                now=loop.time(),
+            )
+            raise self._return_times.in_line(error, loop.time()) from None
+        else:
+            self._return_times.call_ended(loop.time())
+            return response
         return await self._streams.join(http_request, original_group_id, prepared.ignored)
 
     def call(self, http_request: web.Request, raw: bytes, prepared: Prepared) -> Call:
@@ -409,69 +449,3 @@ class GenerationEndpoints:
                 )
             )
         return presentations
-
-
-def _meaning(
-    body: chat.ChatCompletion, model: ModelTraits, *, begins_in_reasoning: bool
-) -> dict[str, Any]:
-    """How the text of an answer is to be taken apart."""
-    meaning: dict[str, Any] = {}
-    if model.reasoning_parser:
-        meaning["reasoning_parser"] = model.reasoning_parser
-        meaning["begins_in_reasoning"] = begins_in_reasoning
-    if body.tool_use is not None:
-        meaning["tool_parser"] = model.tool_parser
-        meaning["calls_max"] = body.tool_use.calls_max
-        meaning["tools"] = _known_tools(body, model.tool_parser)
-    return meaning
-
-
-def _known_tools(body: chat.ChatCompletion, tool_parser: str) -> dict[str, dict[str, str]]:
-    """What a parser has to know of the tools: their names, or also their types, or nothing."""
-    assert body.tool_use is not None
-    tools = body.tool_use.callable_tools
-    match tool_parser:
-        case "qwen3_coder":
-            return {tool.name: parameter_types(schema_of(tool)) for tool in tools}
-        case "llama3_json" | "pythonic":
-            return {tool.name: {} for tool in tools}
-        case _:
-            return {}
-
-
-def _with_calls(
-    body: chat.ChatCompletion, model: ModelTraits, *, begins_in_reasoning: bool
-) -> Generation:
-    """What a body asks for, with the grammar of the calls that it wants or allows.
-
-    A call that must be made comes before a form that the answer should have; that form comes before
-    the grammar of calls that may be made.
-    """
-    use, generation = body.tool_use, body.generation
-    thoughts = None
-    if body.thinking_budget is None:  # with a budget, the grammar begins behind the thoughts
-        thoughts = _thoughts(model, begins_inside=begins_in_reasoning)
-    if use is None or (generation.grammar is not None and not use.is_forced):
-        return generation
-    text = (tool_grammar if use.is_forced else strict_grammar)(
-        use,
-        model.tool_parser,
-        mark_ids=dict(model.mark_ids),
-        thoughts=thoughts,
-    )
-    if not text:
-        return generation
-    sampling = generation.sampling
-    refuse_with_grammar(
-        min_tokens=sampling.min_tokens,
-        ignores_eos=not set(model.eos_token_ids) <= set(sampling.stop_token_ids),
-    )
-    return dataclasses.replace(generation, grammar=Grammar(text, "tools"))
-
-
-def _thoughts(model: ModelTraits, *, begins_inside: bool) -> Thoughts | None:
-    """What may stand before a call that is forced."""
-    if not model.reasoning_parser:
-        return None
-    form = FORMATS[model.reasoning_parser]
-    return Thoughts(form.opening, form.closing, is_open=begins_inside)

@@ -25,6 +25,7 @@ class MessageEndpoints:
         """Answer ``POST /v1/messages``."""
         raw = await self._generation.read(http_request)
         chat = parse_messages(raw, self._generation.model())
+        self._generation.refuse_early(http_request, chat.generation, size=len(raw))
         prepared = await self._generation.prepare_chat(chat, size=len(raw), endpoint="messages")
         return await self._generation.answer(http_request, raw, prepared)
 

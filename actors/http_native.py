@@ -71,6 +71,7 @@ class NativeEndpoints:
         """Answer ``POST /v1/generate``; a stream has the events of ``/v1/completions``."""
         raw = await self._generation.read(http_request)
         body = parse_generate(raw, self._generation.model())
+        self._generation.refuse_early(http_request, body.generation, size=len(raw))
         prepared = await self._generation.prepare_completion(body, size=len(raw))
         if body.generation.stream:
             return await self._generation.answer(http_request, raw, prepared)

@@ -87,6 +87,7 @@ class ResponseEndpoints:
         if fields.previous_response_id is not None:
             earlier = await self._earlier(http_request, fields.previous_response_id)
         parsed = check_response(fields, self._generation.model(), ignored=ignored, earlier=earlier)
+        self._generation.refuse_early(http_request, parsed.chat.generation, size=len(raw))
         prepared = await self._generation.prepare_chat(
             parsed.chat, size=len(raw), endpoint="responses", repeated=keep(parsed.kept)
         )

@@ -262,10 +262,11 @@ class EventStream:
         return self._response
 
     def write(self, data: bytes) -> None:
-        """Write to the connection, and stop the flow if the client has not read enough."""
+        """Write to the connection, and stop the flow if the client has not read enough.
+
+        Of a client that has gone, the handler's task hears only in the next turn of the loop.
+        """
         if self._transport.is_closing():
-            # The client is gone, and in a turn of the loop aiohttp will end this handler. A write
-            # would raise under uvloop: in the caller, which speaks for all streams.
             self.is_flowing = False
             return
         if self._is_chunked:

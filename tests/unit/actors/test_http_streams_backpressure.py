@@ -67,6 +67,39 @@ MANY_BODY = b'{"prompt": [70], "stream": true, "max_tokens": %d, "ignore_eos": t
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_a_token_may_come_just_after_its_client_has_gone(loop: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        directory = write_model(tmp_path, max_position_embeddings=1 << 16)
+        async with serving(directory) as harness:
+            body = {"prompt": [70], "stream": True, "max_tokens": 9}
+            async with harness.post("/v1/completions", body) as response:
+                request = await harness.submitted()
+                harness.gateway.deliver(request, 70)
+                await response.content.readany()
+                assert harness.runner.server is not None
+                [connection] = harness.runner.server.connections
+                assert connection.transport is not None
+                connection.transport.abort()
+                delivered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+                def deliver() -> None:
+                    # The connection is closed, and the handler is not yet told.
+                    try:
+                        harness.gateway.deliver(request, 71, 72)
+                    except Exception as error:  # noqa: BLE001 - it would end the gateway
+                        delivered.set_exception(error)
+                    else:
+                        delivered.set_result(None)
+
+                asyncio.get_running_loop().call_soon(deliver)
+                await delivered
+            await harness.cancelled()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_a_client_that_falls_behind_gets_all_of_the_text_in_fewer_chunks(
     loop: str, tmp_path: Path
 ) -> None:

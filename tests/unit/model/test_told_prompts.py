@@ -13,8 +13,9 @@ from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
+from understudy.runtime.scheduling.prompt_lookup import NgramDrafter
 from understudy.runtime.scheduling.sequence import Sequence
-from understudy.runtime.scheduling.speculation import NgramDrafter, Speculator
+from understudy.runtime.scheduling.speculation import Speculator
 from understudy.runtime.tokenizer import Tokenizer
 from understudy.tools.demo.paths import demo_model_directory
 
@@ -42,7 +43,9 @@ def requests() -> list[Request]:
 def test_prompts_are_told_as_the_model_sees_them_and_answers_stay(
     max_num_batched_tokens: int, guesses: bool
 ) -> None:
-    speculator = Speculator(NgramDrafter(), depth_max=4, costs=None) if guesses else None
+    speculator = None
+    if guesses:
+        speculator = Speculator(NgramDrafter(), drafter=None, depth_max=4, costs=None)
     service = serve(
         MODEL,
         map(telling_prompt, requests()),
