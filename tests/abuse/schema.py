@@ -55,6 +55,7 @@ def main() -> int:
                 *("--suppress-health-check", "all", "--generation-database", "none"),
             ],
             check=False,
+            cwd=command.parent,  # it keeps what failed below where it runs
             env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         )
         problems = stage.problems()
