@@ -13,14 +13,15 @@ from understudy.protocol.request import SamplingParams
 from understudy.runtime.model.attention import Span
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kernels.activation import (
-    quantise_rows,
     silu_and_multiply,
     silu_and_multiply_quantised,
 )
 from understudy.runtime.model.kernels.attention import TritonAttention
+from understudy.runtime.model.kernels.fp8_product import fp8_linear
 from understudy.runtime.model.kernels.int8_product import int8_linear
-from understudy.runtime.model.kernels.normalisation import QuantisedRows, add_rms_norm
+from understudy.runtime.model.kernels.normalisation import add_rms_norm
 from understudy.runtime.model.kernels.operations import TritonOperations
+from understudy.runtime.model.kernels.quantisation import QuantisedRows, quantise_rows
 from understudy.runtime.model.kv_cache import LayerCache
 from understudy.runtime.model.layers import silu_and_multiply as plain_silu_and_multiply
 from understudy.runtime.model.operations import PlainOperations
@@ -33,6 +34,13 @@ _BF16_ERROR: Final = 1e-2
 _BLOCK_SIZE: Final = 16
 _BLOCKS_EACH: Final = 320
 _ROW_COUNTS: Final = (1, 7, 16, 33, 64, 100, 256, 1000)
+_NARROW: Final = {torch.int8: 2e-2, torch.float8_e4m3fn: 4e-2}
+"""8-bit dtypes, and how far off numbers may be that are rounded to them."""
+_PRODUCTS: Final = {
+    torch.int8: (int8_linear, 1e-6),
+    # Within a step a GPU adds up products of fp8 with 14 bits or so.
+    torch.float8_e4m3fn: (fp8_linear, 1e-3),
+}
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
@@ -49,6 +57,11 @@ def num_different(found: Tensor, expected: Tensor) -> float:
 def _random(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(*shape, generator=generator, device=device).to(torch.bfloat16)
+
+
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What torch makes of numbers in the range of an 8-bit dtype."""
+    return (x.round() if dtype == torch.int8 else x.to(dtype)).float()
 
 
 class _Contexts:
@@ -159,10 +172,11 @@ def check_norms(device: torch.device) -> Iterator[Finding]:
         yield Finding(f"{name} norm", error_of(found.normed, expected), _BF16_ERROR)
         few = add_rms_norm(hidden[:3].clone(), delta[:3].clone(), weight, config.rms_norm_eps)
         yield Finding(f"{name} bits", num_different(few.normed, found.normed[:3]), 0)
-        quantised = add_rms_norm(hidden, delta, weight, config.rms_norm_eps, quantise=True)
-        assert quantised.scales is not None
-        restored = quantised.normed * quantised.scales[:, None]
-        yield Finding(f"{name} quantised", error_of(restored, expected), 2e-2)
+        for dtype, limit in _NARROW.items():
+            quantised = add_rms_norm(hidden, delta, weight, config.rms_norm_eps, quantised=dtype)
+            assert quantised.scales is not None
+            restored = quantised.normed.float() * quantised.scales[:, None]
+            yield Finding(f"{name} {dtype}", error_of(restored, expected), limit)
 
 
 def check_activation(device: torch.device) -> Iterator[Finding]:
@@ -171,11 +185,17 @@ def check_activation(device: torch.device) -> Iterator[Finding]:
         x = _random(70, 2 * config.intermediate_size, device=device) * 3
         found, expected = silu_and_multiply(x), plain_silu_and_multiply(x.double())
         yield Finding(name, error_of(found, expected), _BF16_ERROR)
-        quantised = silu_and_multiply_quantised(x)
-        restored = quantised.values * quantised.scales[:, None]
-        yield Finding(f"{name} quantised", error_of(restored, expected), 3e-2)
-        apart = quantise_rows(found)
-        yield Finding(f"{name} fused", num_different(quantised.values, apart.values), 0)
+        for dtype, limit in _NARROW.items():
+            quantised = silu_and_multiply_quantised(x, dtype)
+            restored = quantised.values.float() * quantised.scales[:, None]
+            yield Finding(f"{name} {dtype}", error_of(restored, expected), limit)
+            apart = quantise_rows(found, dtype)
+            different = num_different(quantised.values.float(), apart.values.float())
+            yield Finding(f"{name} {dtype} fused", different, 0)
+            plain = found.float() / apart.scales[:, None]
+            wrong = num_different(apart.values.float(), _narrowed(plain, dtype))
+            # Of a quotient on the border between two numbers, either is right.
+            yield Finding(f"{name} {dtype} rounding", wrong / plain.numel(), 1e-3)
 
 
 def check_rotation(device: torch.device) -> Iterator[Finding]:
@@ -202,26 +222,28 @@ def check_rotation(device: torch.device) -> Iterator[Finding]:
         yield Finding(f"{name} values", num_different(caches[1].values, caches[0].values), 0)
 
 
-def check_int8(device: torch.device) -> Iterator[Finding]:
-    """Integer products: exact sums, and one row's bits whatever the number of rows."""
-    for name, config in SHAPES.items():
-        hidden, inner = config.hidden_size, config.intermediate_size
-        for columns, depth in ((2 * inner, hidden), (hidden, inner)):
-            weight = quantise_rows(_random(columns, depth, device=device))
-            bias = _random(columns, device=device, seed=1)
-            x = quantise_rows(_random(_ROW_COUNTS[-1], depth, device=device, seed=2))
-            sums = x.values.double() @ weight.values.double().t()
-            exact = sums * x.scales[:, None].double() * weight.scales.double() + bias.double()
-            whole = int8_linear(x, *weight, bias, torch.float32)
-            what = f"{name} {depth} to {columns}"
-            yield Finding(what, error_of(whole, exact), 1e-6)
-            different = 0.0
-            for count in _ROW_COUNTS:
-                for _ in range(3):
-                    some = QuantisedRows(x.values[:count], x.scales[:count])
-                    found = int8_linear(some, *weight, bias, torch.float32)
-                    different += num_different(found, whole[:count])
-            yield Finding(f"{what} bits", different, 0)
+def check_products(device: torch.device) -> Iterator[Finding]:
+    """Products of 8 bits against float64: one row's bits, whatever the number of rows."""
+    for dtype, (product, limit) in _PRODUCTS.items():
+        for name, config in SHAPES.items():
+            hidden, inner = config.hidden_size, config.intermediate_size
+            heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+            for columns, depth in ((heads, hidden), (2 * inner, hidden), (hidden, inner)):
+                weight = quantise_rows(_random(columns, depth, device=device), dtype)
+                bias = _random(columns, device=device, seed=1)
+                x = quantise_rows(_random(_ROW_COUNTS[-1], depth, device=device, seed=2), dtype)
+                sums = x.values.double() @ weight.values.double().t()
+                exact = sums * x.scales[:, None].double() * weight.scales.double() + bias.double()
+                whole = product(x, *weight, bias, torch.float32)
+                what = f"{name} {depth} to {columns} {dtype}".replace("torch.", "")
+                yield Finding(what, error_of(whole, exact), limit)
+                different = 0.0
+                for count in _ROW_COUNTS:
+                    for _ in range(3):
+                        some = QuantisedRows(x.values[:count], x.scales[:count])
+                        found = product(some, *weight, bias, torch.float32)
+                        different += num_different(found, whole[:count])
+                yield Finding(f"{what} bits", different, 0)
 
 
 def check_sampling(device: torch.device) -> Iterator[Finding]:
@@ -252,6 +274,6 @@ KERNEL_CHECKS: Final[dict[str, Check]] = {
     "norms": check_norms,
     "activation": check_activation,
     "rotation": check_rotation,
-    "int8": check_int8,
+    "products": check_products,
     "sampling": check_sampling,
 }

@@ -18,9 +18,11 @@ from triton.compiler import ASTSource
 
 from understudy.runtime.model.kernels import (
     activation,
+    fp8_product,
     int8_product,
     normalisation,
     paged_attention,
+    quantisation,
     rotation,
     sampling,
 )
@@ -40,8 +42,9 @@ FLOATS = {"scale", "eps"}
 
 def kernels() -> dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]]:
     """By name: kernel, constants, warps, pointer types that are others than usual."""
-    int8 = {"x": "i8", "weight": "i8"}
-    quantised = {"normed": "i8", "output": "i8", "values": "i8", "scales": "fp32"}
+    int8, fp8 = ({"x": kind, "weight": kind} for kind in ("i8", "fp8e4nv"))
+    narrow = dict.fromkeys(("normed", "output", "values"), "fp8e4nv") | {"scales": "fp32"}
+    quantised = dict.fromkeys(("normed", "output", "values"), "i8") | {"scales": "fp32"}
     shapes: dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]] = {}
     for rows in (16, 64, 128):
         for dims in (128,):
@@ -76,15 +79,26 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]]:
         shapes[f"int8 {num_rows}"] = (
             int8_product._int8_kernel, constants, shape.num_warps, int8
         )  # fmt: skip
+    for num_rows in (1, 2048):
+        shape = fp8_product._cut(num_rows, 6144, 4).shape
+        constants = {
+            "num_segments": 4, "is_shared": num_rows == 1, "has_bias": True, "is_whole": True,
+            "tile_rows": shape.rows, "tile_columns": shape.columns, "tile_depth": shape.depth,
+            "group_tiles": 8, "num_stages": shape.num_stages,
+        }  # fmt: skip
+        shapes[f"fp8 {num_rows}"] = (
+            fp8_product._fp8_kernel, constants, shape.num_warps, fp8 | {"sums": "fp32"}
+        )  # fmt: skip
     rotated = {"num_heads": 32, "num_kv_heads": 8, "half": 64, "padded_half": 64}
     rotated |= {"heads_each": 8, "has_norm": True}
     shapes["rotate"] = (rotation._rotate_kernel, rotated, 4, {})
-    norm = {"block": 4096, "has_delta": True, "quantise": True}
-    shapes["norm"] = (normalisation._add_rms_norm_kernel, norm, 8, quantised)
     shapes["silu"] = (activation._silu_kernel, {"block": 1024}, 4, {})
-    silu = {"block": 8192}
-    shapes["silu and quantise"] = (activation._silu_quantise_kernel, silu, 8, quantised)
-    shapes["quantise"] = (activation._quantise_kernel, {"block": 4096}, 4, quantised)
+    for kind, types in (("int8", quantised), ("fp8", narrow)):
+        norm = {"block": 4096, "has_delta": True, "quantise": True}
+        shapes[f"norm {kind}"] = (normalisation._add_rms_norm_kernel, norm, 8, types)
+        silu = {"block": 8192}
+        shapes[f"silu {kind}"] = (activation._silu_quantise_kernel, silu, 8, types)
+        shapes[f"quantise {kind}"] = (quantisation._quantise_kernel, {"block": 4096}, 4, types)
     shapes["least"] = (sampling._least_kernel, {"block": 4096}, 16, {})
     shapes["draw"] = (sampling._draw_kernel, {"block": 4096}, 8, {"keys": "i64"})
     return shapes
@@ -106,7 +120,7 @@ def compiled(
     aligned = [
         (place,)
         for place, kind in enumerate(signature.values())
-        if kind[0] == "*" or kernel.arg_names[place] in {"depth", "query_stride"}
+        if kind[0] == "*" or kernel.arg_names[place] in {"depth", "segment", "query_stride"}
     ]
     source = ASTSource(
         fn=kernel,

@@ -29,7 +29,7 @@ def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 18
+    assert len(found) == 23
     # In float32, which nobody serves on a GPU, some releases of Triton spill a few bytes.
     spilling = {name for name, used in found.items() if used["STACK"] or used["LOCAL"]}
     assert spilling <= {"attend float32"}
