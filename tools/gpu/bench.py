@@ -83,7 +83,8 @@ _MODELS: Final = (
     ("Qwen2.5-7B", QWEN_2_5_7B, Form()),
     ("Qwen2.5-7B int8", QWEN_2_5_7B, Form("int8")),
     ("Qwen3-0.6B", QWEN_3_06B, Form()),
-    ("Llama-3-8B fp8", LLAMA_3_8B, Form("fp8")),
+    ("Llama-3-8B int8 + keys int8", LLAMA_3_8B, Form("int8", torch.int8)),
+    ("Llama-3-8B fp8 + keys fp8", LLAMA_3_8B, Form("fp8", torch.float8_e4m3fn)),
 )
 
 Row = dict[str, Any]

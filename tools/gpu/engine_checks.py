@@ -30,6 +30,9 @@ _CPU: Final = torch.device("cpu")
 _FORMS: Final[tuple[tuple[Quantization, KVCacheDtype, float], ...]] = (
     ("int8", "auto", 0.1),
     ("fp8", "auto", 0.2),
+    ("none", "int8", 0.1),
+    ("none", "fp8", 0.15),
+    ("int8", "int8", 0.15),
 )
 """Weights, keys and values, and how far off logits may be."""
 
@@ -49,8 +52,8 @@ _GRAPH_MODELS: Final = (
     _GraphModel("Qwen2.5-0.5B", QWEN_2_5_05B, "exact"),
     _GraphModel("Qwen3-0.6B", QWEN_3_06B, "fast"),
     _GraphModel("Qwen3-0.6B", QWEN_3_06B, "exact"),
-    _GraphModel("Qwen2.5-0.5B int8", QWEN_2_5_05B, "exact", "int8"),
-    _GraphModel("Qwen3-0.6B fp8", QWEN_3_06B, "exact", "fp8"),
+    _GraphModel("Qwen2.5-0.5B int8", QWEN_2_5_05B, "exact", "int8", torch.int8),
+    _GraphModel("Qwen3-0.6B fp8", QWEN_3_06B, "exact", "fp8", torch.float8_e4m3fn),
 )
 
 

@@ -50,7 +50,7 @@ class TritonOperations:
         slots: Tensor,
         cache: LayerCache,
     ) -> Tensor:
-        """One pass over all heads; gives queries alone, in the cache's dtype."""
+        """One pass over all heads; gives queries alone."""
         return rotate_and_store(heads, qk_norm, self._eps, rotation, slots, cache)
 
     def activate_and_multiply(

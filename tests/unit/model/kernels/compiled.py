@@ -31,7 +31,8 @@ HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {
     "bf16": "query keys values output heads qk_norm hidden delta weight added gate_and_up bias x",
-    "fp32": "split_values split_peaks split_sums cosines sines x_scales weight_scales logits",
+    "fp32": "key_scales value_scales split_values split_peaks split_sums cosines sines x_scales"
+    " weight_scales logits",
     "fp64": "temperatures top_ps log_min_ps leasts bests",
     "i32": "tile_sequences tile_first_rows starts num_tokens_of positions block_tables sums"
     " arrivals",
@@ -51,16 +52,19 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]]:
             for is_split in (True, False):
                 heads = {"num_kv_heads": 8, "group": 7, "head_dim": dims, "dims": dims}
                 sizes = {"tile_rows": rows, "tile_keys": 64, "split_keys": 512, "block_size": 16}
-                options = {"is_split": is_split, "num_stages": 3}
                 warps = paged_attention._num_warps(rows, dims, torch.bfloat16)
-                shapes[f"attend {rows} {dims} {is_split}"] = (
-                    paged_attention._attend_kernel, heads | sizes | options, warps, {}
-                )  # fmt: skip
+                for kind in ("bf16", "i8", "fp8e4nv"):
+                    options = {"is_split": is_split, "num_stages": 3, "is_narrow": kind != "bf16"}
+                    cached = {"keys": kind, "values": kind}
+                    shapes[f"attend {rows} {dims} {is_split} {kind}"] = (
+                        paged_attention._attend_kernel, heads | sizes | options, warps, cached
+                    )  # fmt: skip
     # In float32 registers may spill, so this one is no wider than the bundled model's heads.
     sizes = {"tile_rows": 64, "tile_keys": 64, "split_keys": 512, "block_size": 16}
     shapes["attend float32"] = (
         paged_attention._attend_kernel,
         {"num_kv_heads": 2, "group": 2, "head_dim": 64, "dims": 64, "is_split": True}
+        | {"is_narrow": False}
         | sizes
         | {"num_stages": paged_attention._num_stages(torch.float32)},
         paged_attention._num_warps(64, 64, torch.float32),
@@ -91,7 +95,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], int, dict[str, str]]]:
         )  # fmt: skip
     rotated = {"num_heads": 32, "num_kv_heads": 8, "half": 64, "padded_half": 64}
     rotated |= {"heads_each": 8, "has_norm": True}
-    shapes["rotate"] = (rotation._rotate_kernel, rotated, 4, {})
+    for kind in ("bf16", "i8", "fp8e4nv"):
+        options = rotated | {"is_narrow": kind != "bf16"}
+        cached = {"keys": kind, "values": kind}
+        shapes[f"rotate {kind}"] = (rotation._rotate_kernel, options, 4, cached)
     shapes["silu"] = (activation._silu_kernel, {"block": 1024}, 4, {})
     for kind, types in (("int8", quantised), ("fp8", narrow)):
         norm = {"block": 4096, "has_delta": True, "quantise": True}

@@ -149,3 +149,38 @@ def test_rotation(
     assert (cache.keys[others] == 5.0).all()
     assert (cache.values[others] == 5.0).all()
     assert num_slots == len(slots) < rows
+
+
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (5, 1, 12)])
+def test_keys_and_values_are_stored_in_8_bits(
+    narrow: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    heads = random(3, num_heads + 2 * num_kv_heads, head_dim)
+    heads[1, num_heads:] = 0.0
+    angles = random(3, 1, head_dim // 2, seed=4) * 9
+    rotation = Rotation(
+        torch.cat((angles.cos(), angles.cos()), dim=2),
+        torch.cat((-angles.sin(), angles.sin()), dim=2),
+    )
+    slots = torch.tensor([3, 0, -1])
+    shape = (5, num_kv_heads, head_dim)
+    narrow_cache = LayerCache(
+        *(torch.full(shape, 5.0).to(narrow) for _ in range(2)),
+        *(torch.full(shape[:2], 7.0) for _ in range(2)),
+    )
+    plain_cache = LayerCache(*torch.full((2, *shape), 5.0))
+    query = rotate_and_store(heads, None, EPS, rotation, slots, narrow_cache)
+    assert torch.equal(query, rotate_and_store(heads, None, EPS, rotation, slots, plain_cache))
+    keys, values, key_scales, value_scales = narrow_cache
+    assert key_scales is not None
+    assert value_scales is not None
+    for kept, scales, plain in (
+        (keys, key_scales, plain_cache.keys),
+        (values, value_scales, plain_cache.values),
+    ):
+        for slot in (3, 0):
+            is_quantised(QuantisedRows(kept[slot], scales[slot]), plain[slot])
+        assert not scales[0].any()
+        assert (kept[[1, 2, 4]].float() == 5.0).all()
+        assert (scales[[1, 2, 4]] == 7.0).all()

@@ -16,13 +16,17 @@ from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.quantized_checkpoints import SHAPE, write_pair
 from tests.unit.model.conftest import CPU
 from tests.unit.model.kernels.test_model import BLOCK_SIZE, sequences_of
+from understudy.runtime.kvcache.kv_cache_manager import BlockCopy
 from understudy.runtime.model import formats, linears, operations
+from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kernels import fp8_product, int8_product
 from understudy.runtime.model.kernels.linears import TritonQuantisedLinear
+from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
+from understudy.tools.demo.paths import demo_model_directory
 
 ONE_LAYER = {"num_hidden_layers": 1}
 
@@ -98,3 +102,30 @@ def test_quantised_checkpoints_are_multiplied_as_they_are_stored(tmp_path: Path,
     assert not isinstance(model._weights.lm_head, TritonQuantisedLinear)
     least = 0.998 if kind == "int8" else 0.97
     assert share_explained(logits_of(model), logits_of(load(pair.dequantized))) > least
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(("kind", "least"), [("int8", 0.999), ("fp8", 0.97)])
+def test_keys_and_values_of_8_bits_answer_like_those_of_more(
+    tmp_path: Path, kind: Any, least: float
+) -> None:
+    directory = write_checkpoint(tmp_path, FAMILIES["llama"])
+    model = load(directory, kv_cache_dtype=kind)
+    assert model.kv_dtype.itemsize == 1
+    assert share_explained(logits_of(model), logits_of(load(directory))) > least
+
+
+def test_blocks_of_8_bits_are_copied_with_their_scales() -> None:
+    config = ModelConfig.from_directory(demo_model_directory())
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        cache = KVCache(config, num_blocks=3, block_size=4, dtype=dtype, device=CPU)
+        for layer in cache.layers:
+            for tensor in layer.tensors:
+                tensor[:4] = 3
+        cache.copy_blocks([BlockCopy(0, 2)])
+        for layer in cache.layers:
+            assert layer.keys.dtype == layer.values.dtype == dtype
+            assert len(layer.tensors) == 4
+            for tensor in layer.tensors:
+                assert (tensor[8:12] == 3).all()
+                assert not tensor[4:8].any()
