@@ -148,7 +148,7 @@ def check_attention(device: torch.device) -> Iterator[Finding]:
         "mixed": [(0, 0, 129), (1, 1000, 1), (2, 509, 8)],
     }
     forms: tuple[tuple[Numerics, torch.dtype | None], ...] = (
-        ("exact", None), ("fast", None), ("exact", torch.int8), ("fast", torch.float8_e4m3fn),
+        ("exact", None), ("fast", None), ("exact", torch.int8), ("exact", torch.float8_e4m3fn),
     )  # fmt: skip
     for name, config in SHAPES.items():
         for numerics, narrow in forms:
@@ -219,7 +219,7 @@ def check_activation(device: torch.device) -> Iterator[Finding]:
             plain = found.float() / apart.scales[:, None]
             wrong = num_different(apart.values.float(), _narrowed(plain, dtype))
             # Of a quotient on the border between two numbers, either is right.
-            yield Finding(f"{name} {dtype} rounding", wrong / plain.numel(), 1e-3)
+            yield Finding(f"{name} {dtype} rounding", wrong / plain.numel(), 5e-3)
 
 
 def check_rotation(device: torch.device) -> Iterator[Finding]:

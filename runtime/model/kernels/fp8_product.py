@@ -141,7 +141,7 @@ def _sum_of_segment(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _fp8_kernel(
     x, x_scales, weight, weight_scales, bias, output, sums, arrivals,
     num_rows, num_columns, depth, segment,

@@ -138,7 +138,8 @@ def store_scaled(
     )
 
 
-@triton.jit
+# One program serves any number of rows: a server would compile it anew in the middle of its work.
+@triton.jit(do_not_specialize=["num_rows"])
 def _int8_kernel(
     x, x_scales, weight, weight_scales, bias, output, sums, arrivals,
     num_rows, num_columns, depth,

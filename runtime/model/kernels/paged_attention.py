@@ -239,7 +239,8 @@ def _attend_to_split(
     return peak, total, joined
 
 
-@triton.jit
+# Steps differ in these; none is worth a program of its own, compiled while requests wait.
+@triton.jit(do_not_specialize=["table_stride", "zero_slot", "num_splits"])
 def _attend_kernel(
     query, keys, values, key_scales, value_scales, output,
     split_values, split_peaks, split_sums,
@@ -307,7 +308,7 @@ def _attend_kernel(
         tl.store(output + places[:, None] * head_dim + column[None, :], attended, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _join_kernel(
     output,
     split_values,
