@@ -159,6 +159,7 @@ def blocks_that_fit(
     if kv_cache_memory is not None:
         budget, source, setting = kv_cache_memory, "--kv-cache-memory", "raise --kv-cache-memory"
     elif device.type == "cuda":
+        torch.cuda.empty_cache()  # what making the weights has left behind is free, too
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * gpu_memory_utilization) - (total - free)
         source = (
