@@ -65,8 +65,8 @@ class EngineConfig:
     served_model_name: str
     dtype: Literal["auto", "float32", "bfloat16"]
     numerics: Literal["exact", "fast"]
-    quantization: Literal["none", "int8", "int4"]
-    kv_cache_dtype: Literal["auto", "int8"]
+    quantization: Literal["none", "int8", "int4", "fp8"]
+    kv_cache_dtype: Literal["auto", "int8", "fp8"]
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int | None

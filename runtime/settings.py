@@ -236,14 +236,14 @@ _ALL: Final = (
     Setting("dtype", choice("auto", "float32", "bfloat16"), "auto", "format of weights", "TYPE"),
     Setting(
         "quantization",
-        choice("none", "int8", "int4"),
+        choice("none", "int8", "int4", "fp8"),
         "none",
-        "what weights become at load: int8 is W8A8, int4 is weight-only",
+        "what weights become at load: int8 is W8A8, int4 is weight-only, fp8 for GPUs",
         "KIND",
     ),
     Setting(
         "kv_cache_dtype",
-        choice("auto", "int8"),
+        choice("auto", "int8", "fp8"),
         "auto",
         "format of keys and values; auto: as the model computes",
         "TYPE",

@@ -146,7 +146,9 @@ def configured(kind: str, group_size: int) -> dict[str, Any]:
         case "fp8-channel" | "fp8-tensor":
             strategy = kind.removeprefix("fp8-")
             return compressed_tensors(
-                "float-quantized", {"num_bits": 8, "type": "float", "strategy": strategy}
+                "float-quantized",
+                {"num_bits": 8, "type": "float", "strategy": strategy},
+                {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
             )
         case _:
             weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group_size}

@@ -46,8 +46,9 @@ class LayerCache(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that there are."""
-        return tuple(tensor for tensor in self if tensor is not None)
+        """All that there are; fp8 as bits, since few operations know such numbers."""
+        given = (tensor for tensor in self if tensor is not None)
+        return tuple(each.view(torch.int8) if each.itemsize == 1 else each for each in given)
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store ``[tokens, kv_heads, head_dim]`` in ``slots`` ``[tokens]``."""
@@ -72,12 +73,14 @@ class KVCache:
         self.block_size = block_size
         self.zero_slot = num_blocks * block_size
         shape = (self.zero_slot + 1, config.num_kv_heads, config.head_dim)
-        shapes = {dtype: shape} if dtype != torch.int8 else {dtype: shape, torch.float32: shape[:2]}
+        has_scales = dtype.itemsize == 1
+        stored = torch.int8 if has_scales else dtype
+        shapes = {stored: shape} | ({torch.float32: shape[:2]} if has_scales else {})
         try:
             self.layers = tuple(
                 LayerCache(
                     *(
-                        _zeros(each, kind, device)
+                        _zeros(each, kind, device).view(dtype if kind == stored else kind)
                         for kind, each in shapes.items()
                         for _ in ("keys", "values")
                     )
@@ -129,7 +132,7 @@ class KVCacheSize(NamedTuple):
 
 def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of ``block_size`` tokens in all layers."""
-    scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
+    scale_bytes = torch.float32.itemsize if dtype.itemsize == 1 else 0
     head_bytes = config.head_dim * dtype.itemsize + scale_bytes
     return 2 * config.num_layers * block_size * config.num_kv_heads * head_bytes
 
@@ -169,6 +172,7 @@ def blocks_that_fit(
     if kv_cache_memory is not None:
         budget, source, setting = kv_cache_memory, "--kv-cache-memory", "raise --kv-cache-memory"
     elif device.type == "cuda":
+        torch.cuda.empty_cache()  # what making the weights has left behind is free, too
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * gpu_memory_utilization) - (total - free)
         source = (

@@ -18,10 +18,10 @@ from torch import Tensor
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.model.checkpoint import Checkpoint
 from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.formats import check_weights, keeps_fp8, kv_dtype_of
 from understudy.runtime.model.layers import Linear
 from understudy.runtime.model.linears import kept_dtype, make_linear
 from understudy.runtime.model.memory import available_memory
-from understudy.runtime.model.native.attention import NativeAttention
 from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.packed_cache import PackedCache
@@ -79,7 +79,8 @@ def load_model(
 ) -> Transformer:
     """Load a model; ``quantization`` is of matrices that the checkpoint has in floating point.
 
-    With ``kv_cache_dtype`` "int8" keys and values are kept in 8 bits, a scale for each head.
+    With ``kv_cache_dtype`` "int8" or "fp8" keys and values are kept in 8 bits, with a scale for
+    each head.
 
     Raises:
         ConfigurationError: The directory is no model, not a supported one, or damaged, or the
@@ -88,15 +89,16 @@ def load_model(
     if dtype not in {torch.float32, torch.bfloat16}:
         raise ConfigurationError(f"dtype {dtype} is not supported; supported: float32, bfloat16")
     config = ModelConfig.from_directory(directory)
-    _check_quantization(directory, config.quantization, quantization, device)
-    kv_dtype = _kv_dtype(config, kv_cache_dtype, dtype, device)
+    check_weights(directory, config.quantization, quantization, device)
+    kv_dtype = kv_dtype_of(config, kv_cache_dtype, dtype, device)
     checkpoint = Checkpoint.open(directory)
     bytes_total = _check_tensors(directory, config, checkpoint)
     stored = checkpoint.tensors[outer_parts(config)[0].name].dtype
     kept = kept_dtype(stored, dtype=dtype, device=device)
-    needed = _weight_bytes(config, kept, quantization)
+    has_fp8 = keeps_fp8(config.quantization, quantization, device)
+    needed = _weight_bytes(config, kept, quantization, has_fp8=has_fp8)
     _check_memory(directory, needed, device)
-    making = _Making(dtype, device, quantization, config.quantization)
+    making = _Making(dtype, device, quantization, config.quantization, has_fp8)
     library = native_library(device, dtype)
     packed = None if library is None else PackedCache.of(directory, making.form, library)
     reader = _Reader(directory, checkpoint, making, _Meter(bytes_total, progress), packed)
@@ -147,6 +149,7 @@ class _Making(NamedTuple):
     device: torch.device
     quantization: Quantization
     stored: CheckpointQuantization | None
+    keeps_fp8: bool
 
     @property
     def form(self) -> str:
@@ -223,13 +226,14 @@ class _Reader:
         return None if packed is None else self._packed.linear(packed, bias)
 
     def lm_head(self, part: Part, tied: Tensor | None) -> Linear:
-        """The output embedding; 8 bits are the least that it is quantised to.
+        """The output embedding; int8 is the least that it is quantised to.
 
         It decides directly about each token, and in 4 bits it would cost more quality than all
-        other matrices. ``tied`` is the input embedding, if that is this one as well.
+        other matrices; fp8 is coarser than int8, too. ``tied`` is the input embedding, if that is
+        this one as well.
         """
         making = self._making
-        if making.quantization == "int4":
+        if making.quantization in {"int4", "fp8"}:
             making = making._replace(quantization="int8")
         reader = _Reader(self._directory, self._checkpoint, making, self._meter, self._packed)
         if tied is None:
@@ -237,7 +241,8 @@ class _Reader:
         return reader._kept([part], None) or reader._linear(part.name, tied, None)
 
     def _matrix(self, stored: CheckpointQuantization, part: Part) -> Weight:
-        weight = read_matrix(self._checkpoint, stored, part.module, part.shape)
+        keeps_fp8 = self._making.keeps_fp8
+        weight = read_matrix(self._checkpoint, stored, part.module, part.shape, keeps_fp8=keeps_fp8)
         for each in stored_parts(stored, part.module, part.shape):
             if each.name in self._checkpoint.tensors:
                 self._meter.add(self._checkpoint.tensors[each.name].num_bytes)
@@ -366,46 +371,15 @@ def _zero_biases(
     return {name for name in extra if not bool(checkpoint.stored(name).any())}
 
 
-def _check_quantization(
-    directory: Path,
-    stored: CheckpointQuantization | None,
-    quantization: Quantization,
-    device: torch.device,
-) -> None:
-    """Refuse what cannot be: quantising twice, or on a device that has no kernels for it."""
-    is_integer = stored is not None and stored.format != "float-quantized"
-    if quantization != "none" and stored is not None and is_integer:
-        raise ConfigurationError(
-            f"{directory}: --quantization {quantization}: the checkpoint is quantised already"
-            f" ({stored.format}); leave the setting out"
-        )
-    if (quantization != "none" or is_integer) and device.type != "cpu":
-        raise ConfigurationError(
-            f"{directory}: quantised weights run on the CPU only; set --device cpu"
-        )
-
-
-def _kv_dtype(
-    config: ModelConfig, wanted: KVCacheDtype, dtype: torch.dtype, device: torch.device
-) -> torch.dtype:
-    if wanted == "auto":
-        return dtype
-    if native_library(device, dtype) is None or not NativeAttention.takes(config):
-        raise ConfigurationError(
-            "--kv-cache-dtype int8 is for the CPU's own kernels, which need a C++ compiler, a"
-            " processor with AVX512-VNNI, --dtype float32 and heads of 16 to 256 dimensions;"
-            " leave it out"
-        )
-    return torch.int8
-
-
 def _first_lines(problems: list[str], place: object) -> list[str]:
     rest = len(problems) - _PROBLEMS_MAX
     shown = problems[:_PROBLEMS_MAX]
     return [*shown, f"{place}: {rest} more like the last one"] if rest > 0 else shown
 
 
-def _weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantization) -> int:
+def _weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantization: Quantization, *, has_fp8: bool
+) -> int:
     """Bytes that the loaded weights take; a tied output embedding is laid out a second time."""
     matrices = {part for parts in matrices_of(config) for part in parts}
     head = outer_parts(config)[2]
@@ -414,11 +388,11 @@ def _weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantiz
     for part in {*matrices, head}:
         stored = config.quantization
         if stored is not None and stored.covers(part.module) and part in matrices:
-            kind = _KINDS[stored.format] or quantization
+            kind = _KINDS[stored.format] or ("fp8" if has_fp8 else quantization)
         else:
             kind = "int8" if part == head and quantization == "int4" else quantization
-        size = torch.Size(part.shape).numel()
-        num_bytes += int(size * {"none": dtype.itemsize, "int8": 1, "int4": _INT4_BYTES}[kind])
+        bytes_each = {"none": dtype.itemsize, "int8": 1, "fp8": 1, "int4": _INT4_BYTES}[kind]
+        num_bytes += int(torch.Size(part.shape).numel() * bytes_each)
     return num_bytes
 
 

@@ -1,4 +1,4 @@
-"""What a layer does between its matrix products, and which way a device does it.
+"""What a layer does between its attention and its products, and which way a device does it.
 
 On a CPU, kernels in C++ (``native``); on a GPU, Triton kernels (``kernels``). Both do several
 things in one pass. Where there is no compiler or no Triton, plain torch does it, slower. Kernels
@@ -18,7 +18,7 @@ from torch import Tensor
 from understudy.runtime.model.attention import PagedAttention, Span
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import LayerCache
-from understudy.runtime.model.layers import rms_norm, silu_and_multiply
+from understudy.runtime.model.layers import Linear, rms_norm, silu_and_multiply
 from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.rope import Rotation, rotate
@@ -31,11 +31,28 @@ class Summed(NamedTuple):
     normed: Tensor
 
 
-class Operations(Protocol):
-    """The steps of a layer that are no matrix products."""
+class Multiplied(NamedTuple):
+    """A residual stream, ``[rows, hidden_size]``, and what a linear made of its norm."""
 
-    def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
-        """``hidden + delta``, and its norm; ``hidden`` may be changed in place."""
+    hidden: Tensor
+    product: Tensor
+
+
+class Operations(Protocol):
+    """The steps of a layer in front of its products, which take rows as these steps make them."""
+
+    def normalise_and_multiply(
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        linear: Linear,
+        tiles: tuple[int, ...],
+    ) -> Multiplied:
+        """``hidden + delta``, and its norm multiplied; ``hidden`` may be changed in place."""
+
+    def normalise(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The norm of each row, for whom it is not to be multiplied."""
 
     def rotate_and_store(
         self,
@@ -51,8 +68,10 @@ class Operations(Protocol):
         without a slot is padding.
         """
 
-    def silu_and_multiply(self, gate_and_up: Tensor) -> Tensor:
-        """The gated activation of ``[rows, 2 * width]``."""
+    def activate_and_multiply(
+        self, gate_and_up: Tensor, linear: Linear, tiles: tuple[int, ...]
+    ) -> Tensor:
+        """The gated activation of ``[rows, 2 * width]``, multiplied."""
 
 
 class Attention(Protocol):
@@ -74,8 +93,30 @@ class PlainOperations:
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
 
-    def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
+    def normalise_and_multiply(
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        linear: Linear,
+        tiles: tuple[int, ...],
+    ) -> Multiplied:
         """See ``Operations``."""
+        summed = self.add_and_normalise(hidden, delta, weight)
+        return Multiplied(summed.hidden, linear(summed.normed, tiles))
+
+    def activate_and_multiply(
+        self, gate_and_up: Tensor, linear: Linear, tiles: tuple[int, ...]
+    ) -> Tensor:
+        """See ``Operations``."""
+        return linear(self.silu_and_multiply(gate_and_up), tiles)
+
+    def normalise(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """See ``Operations``."""
+        return self.add_and_normalise(hidden, None, weight).normed
+
+    def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
+        """``hidden + delta``, and its norm."""
         if delta is not None:
             hidden = hidden + delta
         return Summed(hidden, rms_norm(hidden, weight, self._config.rms_norm_eps))
@@ -102,7 +143,7 @@ class PlainOperations:
         return rotated
 
     def silu_and_multiply(self, gate_and_up: Tensor) -> Tensor:
-        """See ``Operations``."""
+        """The gated activation of ``[rows, 2 * width]``."""
         return silu_and_multiply(gate_and_up)
 
 
@@ -141,6 +182,11 @@ def parts_for(
 def has_kernels(device: torch.device) -> bool:
     """Whether a device computes with the Triton kernels."""
     return device.type == "cuda" and _triton_version() is not None
+
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Whether a device multiplies numbers of 8 bits in floating point."""
+    return has_kernels(device) and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def kernels_name(device: torch.device, dtype: torch.dtype) -> str:

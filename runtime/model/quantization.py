@@ -32,6 +32,7 @@ GROUP_SIZES: Final = (128, 64, 32)
 """Inputs that share a 4-bit scale, preferred first: what the kernel takes."""
 
 LEVELS_INT8: Final = 127.0
+LARGEST_FP8: Final = 448.0
 _LEVELS_INT4: Final = 15.0
 _MIDDLE_INT4: Final = 8
 _LARGEST_MIN: Final = 2.0**-100
@@ -49,6 +50,15 @@ class Int8Weight(NamedTuple):
 
     values: Tensor
     """int8, ``[out, in]``, from -127; -128 is not used by us, and taken from checkpoints."""
+    scales: Tensor
+    """float32, ``[out]``."""
+
+
+class Fp8Weight(NamedTuple):
+    """``values * scales[:, None]``; for GPUs."""
+
+    values: Tensor
+    """float8_e4m3fn, ``[out, in]``."""
     scales: Tensor
     """float32, ``[out]``."""
 
@@ -75,15 +85,34 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     Raises:
         ValueError: the weight has a number that is not finite.
     """
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0])
+    values, scales = _by_output(weight, torch.int8, LEVELS_INT8)
+    return Int8Weight(values, scales)
+
+
+def quantize_fp8(weight: Tensor) -> Fp8Weight:
+    """Quantise ``[out, in]``: each output's largest magnitude becomes 448.
+
+    Raises:
+        ValueError: the weight has a number that is not finite.
+    """
+    values, scales = _by_output(weight, torch.float8_e4m3fn, LARGEST_FP8)
+    return Fp8Weight(values, scales)
+
+
+def _by_output(weight: Tensor, dtype: torch.dtype, largest: float) -> tuple[Tensor, Tensor]:
+    """Values of 8 bits, and a scale for each output."""
+    values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scales = torch.empty(weight.shape[0], device=weight.device)
     for start in range(0, len(weight), _QUANTIZED_ROWS):
         rows = weight[start : start + _QUANTIZED_ROWS].to(torch.float32)
-        scale = rows.abs().amax(dim=1).clamp_(min=_LARGEST_MIN).div_(LEVELS_INT8)
+        scale = rows.abs().amax(dim=1).clamp_(min=_LARGEST_MIN).div_(largest)
         scales[start : start + _QUANTIZED_ROWS] = scale
-        values[start : start + _QUANTIZED_ROWS] = (rows / scale[:, None]).round_()
+        rows = rows / scale[:, None]
+        if not dtype.is_floating_point:
+            rows = rows.round_()
+        values[start : start + _QUANTIZED_ROWS] = rows.to(dtype)
     check_finite(scales)
-    return Int8Weight(values, scales)
+    return values, scales
 
 
 def quantize_int4(weight: Tensor) -> Int4Weight:

@@ -14,10 +14,10 @@ from typing import Any, Final, Literal
 
 from understudy.protocol.errors import ConfigurationError
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 """What is done at load to weights that are stored in floating point."""
 
-KVCacheDtype = Literal["auto", "int8"]
+KVCacheDtype = Literal["auto", "int8", "fp8"]
 """What keys and values are kept in; ``auto`` is the dtype that the model computes in."""
 
 WeightFormat = Literal["int-quantized", "pack-quantized", "float-quantized", "gptq", "awq"]
@@ -37,6 +37,8 @@ class CheckpointQuantization:
     """There are no zero points."""
     is_per_tensor: bool = False
     """The whole matrix has one scale."""
+    is_weight_only: bool = False
+    """Rows are to be multiplied as they are, though the matrix has 8 bits."""
     ignored: tuple[str, ...] = ()
     """Modules that are not quantised: names, or patterns after ``re:``."""
 
@@ -104,9 +106,11 @@ def _compressed_tensors(value: Mapping[str, Any]) -> CheckpointQuantization:
         case "float-quantized":
             _require_values(weights, num_bits=8, type="float", symmetric=True)
             _require(weights, "strategy", "channel", "tensor")
-            is_per_tensor = weights.get("strategy") == "tensor"
             return CheckpointQuantization(
-                "float-quantized", is_per_tensor=is_per_tensor, ignored=ignored
+                "float-quantized",
+                is_per_tensor=weights.get("strategy") == "tensor",
+                is_weight_only=group.get("input_activations") is None,
+                ignored=ignored,
             )
         case _:
             raise ConfigurationError(

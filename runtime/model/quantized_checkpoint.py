@@ -29,6 +29,7 @@ from torch import Tensor
 from understudy.runtime.model.checkpoint import Checkpoint
 from understudy.runtime.model.quantization import (
     GROUP_SIZES,
+    Fp8Weight,
     Int4Weight,
     Int8Weight,
     check_finite,
@@ -45,7 +46,7 @@ _AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 _MIDDLE: Final = 8
 
 Shape = tuple[int, ...]
-Weight = Int8Weight | Int4Weight | Tensor
+Weight = Int8Weight | Fp8Weight | Int4Weight | Tensor
 """A matrix as it is to be multiplied; a tensor is in floating point."""
 
 
@@ -103,11 +104,17 @@ def stored_parts(scheme: CheckpointQuantization, module: str, shape: Shape) -> I
 
 
 def read_matrix(
-    checkpoint: Checkpoint, scheme: CheckpointQuantization, module: str, shape: Shape
+    checkpoint: Checkpoint,
+    scheme: CheckpointQuantization,
+    module: str,
+    shape: Shape,
+    *,
+    keeps_fp8: bool = False,
 ) -> Weight:
     """Read a matrix whose parts are known to be there, in their shapes.
 
-    4-bit weights whose groups the kernel does not take become floating point.
+    4-bit weights whose groups the kernel does not take become floating point, and so does fp8,
+    unless that is to be kept.
 
     Raises:
         ValueError: scales are not finite, or the inputs are in another order.
@@ -118,7 +125,12 @@ def read_matrix(
             return Int8Weight(checkpoint.stored(f"{module}.weight"), scales.flatten())
         case "float-quantized":
             weight = checkpoint.stored(f"{module}.weight").to(torch.float32)
-            weight *= _scales(checkpoint, f"{module}.weight_scale")
+            scales = _scales(checkpoint, f"{module}.weight_scale")
+            if keeps_fp8:
+                check_finite(weight)
+                values = checkpoint.stored(f"{module}.weight")
+                return Fp8Weight(values, scales.flatten().expand(len(values)))
+            weight *= scales
             check_finite(weight)
             return weight
         case "pack-quantized":

@@ -129,27 +129,34 @@ class Transformer:
             plan = cast("NativePlan", batch.attention)
             return self._native.run(hidden, batch.positions, batch.slots, plan, cache)
         rotation = self._rope(batch.positions)
+        tiles = batch.tiles
         delta: Tensor | None = None
         for layer, layer_cache in zip(self._weights.layers, cache.layers, strict=True):
-            summed = operations.add_and_normalise(hidden, delta, layer.attention_norm)
-            delta = self._attend(summed.normed, layer, layer_cache, rotation, batch)
-            summed = operations.add_and_normalise(summed.hidden, delta, layer.mlp_norm)
-            activated = operations.silu_and_multiply(layer.gate_up(summed.normed, batch.tiles))
-            hidden, delta = summed.hidden, layer.down(activated, batch.tiles)
+            hidden, heads = operations.normalise_and_multiply(
+                hidden, delta, layer.attention_norm, layer.qkv, tiles
+            )
+            delta = self._attend(heads, layer, layer_cache, rotation, batch)
+            hidden, gate_and_up = operations.normalise_and_multiply(
+                hidden, delta, layer.mlp_norm, layer.gate_up, tiles
+            )
+            delta = operations.activate_and_multiply(gate_and_up, layer.down, tiles)
         return hidden if delta is None else hidden + delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[rows, vocab_size]``, float32, of some rows of hidden states."""
         num_rows = len(hidden)
         tiles = self._head_tiles.cut(num_rows)
-        normed = self.normalise(hidden)
         if sum(tiles) > num_rows:
-            normed = F.pad(normed, (0, 0, 0, sum(tiles) - num_rows))
-        return self._weights.lm_head(normed, tiles)[:num_rows].to(torch.float32)
+            hidden = F.pad(hidden, (0, 0, 0, sum(tiles) - num_rows))
+        weights = self._weights
+        logits = self._operations.normalise_and_multiply(
+            hidden, None, weights.norm, weights.lm_head, tiles
+        ).product
+        return logits[:num_rows].to(torch.float32)
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """Some rows of hidden states as the output embedding sees them: what is pooled."""
-        return self._operations.add_and_normalise(hidden, None, self._weights.norm).normed
+        return self._operations.normalise(hidden, self._weights.norm)
 
     @property
     def guesses(self) -> bool:
@@ -197,13 +204,13 @@ class Transformer:
 
     def _attend(
         self,
-        normed: Tensor,
+        heads: Tensor,
         layer: LayerWeights,
         cache: LayerCache,
         rotation: Rotation,
         batch: Batch,
     ) -> Tensor:
-        heads = layer.qkv(normed, batch.tiles).view(len(normed), -1, self.config.head_dim)
+        heads = heads.view(len(heads), -1, self.config.head_dim)
         query = self._operations.rotate_and_store(
             heads, layer.qk_norm, rotation, batch.slots, cache
         )

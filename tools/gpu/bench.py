@@ -28,6 +28,8 @@ import torch
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.kv_cache import kv_block_bytes
+from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
@@ -61,6 +63,29 @@ class Card(NamedTuple):
     bytes_per_s: float
     operations_per_s: float
 
+
+class Form(NamedTuple):
+    """In what a model keeps its numbers."""
+
+    weights: Quantization = "none"
+    kv_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of each number."""
+        return 2 if self.weights == "none" else 1
+
+
+_MODELS: Final = (
+    ("Qwen2.5-0.5B", QWEN_2_5_05B, Form()),
+    ("Llama-3-8B", LLAMA_3_8B, Form()),
+    ("Llama-3-8B int8", LLAMA_3_8B, Form("int8")),
+    ("Qwen2.5-7B", QWEN_2_5_7B, Form()),
+    ("Qwen2.5-7B int8", QWEN_2_5_7B, Form("int8")),
+    ("Qwen3-0.6B", QWEN_3_06B, Form()),
+    ("Llama-3-8B int8 + keys int8", LLAMA_3_8B, Form("int8", torch.int8)),
+    ("Llama-3-8B fp8 + keys fp8", LLAMA_3_8B, Form("fp8", torch.float8_e4m3fn)),
+)
 
 Row = dict[str, Any]
 
@@ -117,36 +142,22 @@ def main() -> int:
     report = Report(arguments.json, arguments.limit_s)
     card = _measure_card(device)
     report.add({"row": "card", "name": torch.cuda.get_device_name(device)} | card._asdict())
-    models = (
-        ("Qwen2.5-0.5B", QWEN_2_5_05B, False),
-        ("Llama-3-8B", LLAMA_3_8B, False),
-        ("Llama-3-8B int8", LLAMA_3_8B, True),
-        ("Qwen2.5-7B", QWEN_2_5_7B, False),
-        ("Qwen2.5-7B int8", QWEN_2_5_7B, True),
-        ("Qwen3-0.6B", QWEN_3_06B, False),
-    )
-    for name, config, is_int8 in models:
+    for name, config, form in _MODELS:
         if arguments.only in name and not report.is_over:
-            _measure_model(report, card, name, config, device, is_int8=is_int8)
+            _measure_model(report, card, name, config, device, form)
     return EXIT_OK
 
 
 def _measure_model(
-    report: Report, card: Card, name: str, config: ModelConfig, device: torch.device, *,
-    is_int8: bool,
-) -> None:  # fmt: skip
+    report: Report, card: Card, name: str, config: ModelConfig, device: torch.device, form: Form
+) -> None:
     with torch.inference_mode():
-        model = random_model(config, device, is_int8=is_int8)
+        model = random_model(config, device, quantization=form.weights, kv_dtype=form.kv_dtype)
     for batch in _BATCHES:
-        report.try_to(
-            f"{name} decode {batch}", partial(_decode, model, card, batch, is_int8=is_int8)
-        )
+        report.try_to(f"{name} decode {batch}", partial(_decode, model, card, batch, form))
     if config.hidden_size == 4096:
         for length in _PROMPTS:
-            report.try_to(
-                f"{name} prompt {length}",
-                partial(_prompt, model, card, length, is_int8=is_int8),
-            )
+            report.try_to(f"{name} prompt {length}", partial(_prompt, model, card, length, form))
     if config.hidden_size < 2048:
         report.try_to(f"{name} run", partial(_run, model))
 
@@ -177,17 +188,17 @@ def _median_ms(work: Callable[[], object], repeats: int = _STEPS) -> float:
 
 
 def _floor_ms(
-    config: ModelConfig, card: Card, *, tokens: int, sampled: int, context: int, is_int8: bool
+    config: ModelConfig, card: Card, form: Form, *, tokens: int, sampled: int, context: int
 ) -> float:
     """What a step must take: each of ``sampled`` sequences reads ``context`` keys and values."""
     layers, head = layer_parameters(config), config.vocab_size * config.hidden_size
-    weight_bytes = layers * (1 if is_int8 else 2) + 2 * head
-    # Integer products have twice the rate.
-    operations = 2 * layers * tokens / (2 if is_int8 else 1) + 2 * head * sampled
+    weight_bytes = (layers + head) * form.weight_bytes
+    # Products of 8 bits have twice the rate.
+    operations = (layers * tokens + head * sampled) * form.weight_bytes
     width = config.num_heads * config.head_dim * config.num_layers
     if tokens > sampled:
         operations += 2 * width * tokens * (tokens + 1)
-    kv_bytes = 4 * config.num_kv_heads * config.head_dim * config.num_layers * context * sampled
+    kv_bytes = kv_block_bytes(config, 1, form.kv_dtype) * context * sampled
     products_s = max(weight_bytes / card.bytes_per_s, operations / card.operations_per_s)
     return 1e3 * (products_s + kv_bytes / card.bytes_per_s)
 
@@ -206,7 +217,7 @@ def _sequences(model: Transformer, count: int, length: int) -> list[Sequence]:
     return sequences
 
 
-def _decode(model: Transformer, card: Card, batch: int, *, is_int8: bool) -> Row:
+def _decode(model: Transformer, card: Card, batch: int, form: Form) -> Row:
     num_blocks = batch * -(-_CONTEXT // _BLOCK_SIZE)
     runner = ModelRunner(model, num_blocks=num_blocks, block_size=_BLOCK_SIZE)
     sequences = _sequences(model, batch, _CONTEXT)
@@ -224,9 +235,7 @@ def _decode(model: Transformer, card: Card, batch: int, *, is_int8: bool) -> Row
     for _ in range(_STEPS):
         runner.execute(plan)
     step_ms = (time.monotonic() - begin) / _STEPS * 1e3
-    floor = _floor_ms(
-        model.config, card, tokens=batch, sampled=batch, context=_CONTEXT, is_int8=is_int8
-    )
+    floor = _floor_ms(model.config, card, form, tokens=batch, sampled=batch, context=_CONTEXT)
     return {
         "device_ms": device_ms,
         "step_ms": step_ms,
@@ -237,12 +246,12 @@ def _decode(model: Transformer, card: Card, batch: int, *, is_int8: bool) -> Row
     }
 
 
-def _prompt(model: Transformer, card: Card, length: int, *, is_int8: bool) -> Row:
+def _prompt(model: Transformer, card: Card, length: int, form: Form) -> Row:
     runner = ModelRunner(model, num_blocks=-(-length // _BLOCK_SIZE), block_size=_BLOCK_SIZE)
     sequences = _sequences(model, 1, length)
     plan = StepPlan(0, (ScheduledSequence(sequences[0], length),))
     device_ms = _median_ms(lambda: runner.logits(plan), repeats=5)
-    floor = _floor_ms(model.config, card, tokens=length, sampled=1, context=length, is_int8=is_int8)
+    floor = _floor_ms(model.config, card, form, tokens=length, sampled=1, context=length)
     return {
         "device_ms": device_ms,
         "floor_ms": floor,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import Request, SamplingParams
+from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.exactness import prove_exactness
 from understudy.runtime.model.loader import load_model
+from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.quantization_config import KVCacheDtype, Quantization
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
@@ -24,6 +27,34 @@ from understudy.tools.gpu.shapes import QWEN_2_5_05B, QWEN_3_06B, random_model
 
 _BLOCK_SIZE: Final = 16
 _CPU: Final = torch.device("cpu")
+_FORMS: Final[tuple[tuple[Quantization, KVCacheDtype, float], ...]] = (
+    ("int8", "auto", 0.1),
+    ("fp8", "auto", 0.2),
+    ("none", "int8", 0.1),
+    ("none", "fp8", 0.15),
+    ("int8", "int8", 0.15),
+)
+"""Weights, keys and values, and how far off logits may be."""
+
+
+class _GraphModel(NamedTuple):
+    """A model whose steps by graphs are compared with the same steps without."""
+
+    name: str
+    shape: ModelConfig
+    numerics: Numerics
+    weights: Quantization = "none"
+    kv_dtype: torch.dtype | None = None
+
+
+_GRAPH_MODELS: Final = (
+    _GraphModel("Qwen2.5-0.5B", QWEN_2_5_05B, "fast"),
+    _GraphModel("Qwen2.5-0.5B", QWEN_2_5_05B, "exact"),
+    _GraphModel("Qwen3-0.6B", QWEN_3_06B, "fast"),
+    _GraphModel("Qwen3-0.6B", QWEN_3_06B, "exact"),
+    _GraphModel("Qwen2.5-0.5B int8", QWEN_2_5_05B, "exact", "int8", torch.int8),
+    _GraphModel("Qwen3-0.6B fp8", QWEN_3_06B, "exact", "fp8", torch.float8_e4m3fn),
+)
 
 
 def random_sequences(
@@ -65,39 +96,55 @@ def check_exactness(device: torch.device) -> Iterator[Finding]:
     directory = demo_model_directory()
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(directory, dtype=dtype, device=device, numerics="exact")
-        holds = True
-        try:
-            prove_exactness(model, block_size=_BLOCK_SIZE)
-        except ConfigurationError as error:
-            print(f"    {error}")
-            holds = False
         sizes = ",".join(map(str, model.tiles.sizes or ()))
-        yield Finding(f"{dtype} rows {sizes}"[:46], 0.0 if holds else 1.0, 0)
-    int8 = random_model(replace(QWEN_2_5_05B, num_layers=4), device, is_int8=True)
-    wanted = _prompt_logits(int8, 300)
-    found = _prompt_logits(int8, 300)
-    yield Finding("int8 layers twice", num_different(found, wanted), 0)
+        yield Finding(f"{dtype} rows {sizes}"[:46], _is_disproved(model), 0)
+
+
+def check_quantised(device: torch.device) -> Iterator[Finding]:
+    """The bundled model in 8 bits: close to itself, and exact in pieces and in company."""
+    directory = demo_model_directory()
+    dtype = torch.bfloat16
+    plain = load_model(directory, dtype=dtype, device=device, numerics="fast")
+    expected = _prompt_logits(plain, 600)
+    for weights, kept, limit in _FORMS:
+        model = load_model(
+            directory, dtype=dtype, device=device, quantization=weights, kv_cache_dtype=kept
+        )
+        what = f"weights {weights}, keys {kept}"
+        yield Finding(what, error_of(_prompt_logits(model, 600), expected), limit)
+        yield Finding(f"{what}, exact", _is_disproved(model), 0)
+
+
+def _is_disproved(model: Transformer) -> float:
+    try:
+        prove_exactness(model, block_size=_BLOCK_SIZE)
+    except ConfigurationError as error:
+        print(f"    {error}")
+        return 1.0
+    return 0.0
 
 
 def check_graphs(device: torch.device) -> Iterator[Finding]:
     """Steps by graphs against the same steps without."""
-    for name, shape in (("Qwen2.5-0.5B", QWEN_2_5_05B), ("Qwen3-0.6B", QWEN_3_06B)):
-        for numerics in ("fast", "exact"):
-            config = replace(shape, num_layers=2)
-            model = random_model(
-                config, device, numerics="exact" if numerics == "exact" else "fast"
-            )
-            for count in (1, 2, 5, 16, 33, 128, 256):
-                sequences = random_sequences(model, count, 100, length_step=5)
-                num_blocks = sum(len(sequence.block_table) for sequence in sequences)
-                runner = ModelRunner(model, num_blocks=num_blocks, block_size=_BLOCK_SIZE)
-                found = _decoded(runner, sequences)
-                different = num_different(found[0], found[1])
-                what = f"{name} {numerics} batch {count}"
-                # Where the batch is padded, the library may choose another product.
-                is_padded = count in {5, 33} and numerics == "fast"
-                error = error_of(found[0], found[1])
-                yield Finding(what, error if is_padded else different, 2e-2 if is_padded else 0)
+    for name, shape, numerics, weights, kv_dtype in _GRAPH_MODELS:
+        model = random_model(
+            replace(shape, num_layers=2),
+            device,
+            quantization=weights,
+            kv_dtype=kv_dtype,
+            numerics=numerics,
+        )
+        for count in (1, 2, 5, 16, 33, 128, 256):
+            sequences = random_sequences(model, count, 100, length_step=5)
+            num_blocks = sum(len(sequence.block_table) for sequence in sequences)
+            runner = ModelRunner(model, num_blocks=num_blocks, block_size=_BLOCK_SIZE)
+            found = _decoded(runner, sequences)
+            different = num_different(found[0], found[1])
+            what = f"{name} {numerics} batch {count}"
+            # Where the batch is padded, the library may choose another product.
+            is_padded = count in {5, 33} and numerics == "fast"
+            error = error_of(found[0], found[1])
+            yield Finding(what, error if is_padded else different, 2e-2 if is_padded else 0)
 
 
 def _decoded(runner: ModelRunner, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
@@ -122,5 +169,6 @@ def _decoded(runner: ModelRunner, sequences: list[Sequence]) -> tuple[Tensor, Te
 ENGINE_CHECKS: Final[dict[str, Check]] = {
     "demo model": check_demo_model,
     "exactness": check_exactness,
+    "quantised": check_quantised,
     "graphs": check_graphs,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -13,16 +14,18 @@ from understudy.protocol.request import SamplingParams
 from understudy.runtime.model.attention import Span
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kernels.activation import (
-    quantise_rows,
     silu_and_multiply,
     silu_and_multiply_quantised,
 )
 from understudy.runtime.model.kernels.attention import TritonAttention
+from understudy.runtime.model.kernels.fp8_product import fp8_linear
 from understudy.runtime.model.kernels.int8_product import int8_linear
-from understudy.runtime.model.kernels.normalisation import QuantisedRows, add_rms_norm
+from understudy.runtime.model.kernels.normalisation import add_rms_norm
 from understudy.runtime.model.kernels.operations import TritonOperations
+from understudy.runtime.model.kernels.quantisation import QuantisedRows, quantise_rows
 from understudy.runtime.model.kv_cache import LayerCache
 from understudy.runtime.model.layers import silu_and_multiply as plain_silu_and_multiply
+from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.operations import PlainOperations
 from understudy.runtime.model.rope import RotaryEmbedding
 from understudy.runtime.model.sampler import Sampler, SamplingRow
@@ -33,6 +36,13 @@ _BF16_ERROR: Final = 1e-2
 _BLOCK_SIZE: Final = 16
 _BLOCKS_EACH: Final = 320
 _ROW_COUNTS: Final = (1, 7, 16, 33, 64, 100, 256, 1000)
+_NARROW: Final = {torch.int8: 3e-2, torch.float8_e4m3fn: 4e-2}
+"""8-bit dtypes, and how far off numbers may be that are rounded to them."""
+_PRODUCTS: Final = {
+    torch.int8: (int8_linear, 1e-6),
+    # Within a step a GPU adds up products of fp8 with 14 bits or so.
+    torch.float8_e4m3fn: (fp8_linear, 1e-3),
+}
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
@@ -51,16 +61,41 @@ def _random(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, device=device).to(torch.bfloat16)
 
 
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What torch makes of numbers in the range of an 8-bit dtype."""
+    return (x.round() if dtype == torch.int8 else x.to(dtype)).float()
+
+
+def _narrow_cache(
+    keys: Tensor, values: Tensor, dtype: torch.dtype
+) -> tuple[LayerCache, LayerCache]:
+    """A cache of 8 bits, and the numbers that are left in it."""
+    parts = [quantise_rows(cached.flatten(0, 1), dtype) for cached in (keys, values)]
+    narrow = [part.values.view(keys.shape) for part in parts]
+    scales = [part.scales.view(keys.shape[:2]) for part in parts]
+    wide = [(part.values.float() * part.scales[:, None]).view(keys.shape) for part in parts]
+    return LayerCache(*narrow, *scales), LayerCache(*wide)
+
+
 class _Contexts:
     """Some sequences' keys and values, in a cache whose other slots are poison."""
 
-    def __init__(self, config: ModelConfig, count: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        count: int,
+        device: torch.device,
+        narrow: torch.dtype | None = None,
+    ) -> None:
+        """``narrow``: keys and values are kept in this dtype of 8 bits."""
         self.config = config
         self.num_blocks = count * _BLOCKS_EACH
         shape = (self.num_blocks * _BLOCK_SIZE + 1, config.num_kv_heads, config.head_dim)
         keys, values = _random(*shape, device=device), _random(*shape, device=device, seed=1)
         keys[-1] = values[-1] = 0.0
-        self.cache = LayerCache(keys, values)
+        self._plain = self.cache = LayerCache(keys, values)
+        if narrow is not None:
+            self.cache, self._plain = _narrow_cache(keys, values, narrow)
         order = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(2))
         self.tables: list[list[int]] = order.view(count, _BLOCKS_EACH).tolist()
         self.query = _random(count, 512, config.num_heads, config.head_dim, device=device, seed=3)
@@ -91,7 +126,7 @@ class _Contexts:
         table = torch.tensor(self.tables[index], device=device)
         slots = table[positions // _BLOCK_SIZE] * _BLOCK_SIZE + positions % _BLOCK_SIZE
         group = self.config.group_size
-        cached = (self.cache.keys, self.cache.values)
+        cached = (self._plain.keys, self._plain.values)
         keys, values = (each[slots].double().repeat_interleave(group, dim=1) for each in cached)
         query = self.query[index, positions[position:] % 512].double()
         scores = torch.einsum("qhd,khd->hqk", query, keys) * self.config.head_dim**-0.5
@@ -112,26 +147,28 @@ def check_attention(device: torch.device) -> Iterator[Finding]:
         "verify": [(0, 1020, 5), (1, 30, 3)],
         "mixed": [(0, 0, 129), (1, 1000, 1), (2, 509, 8)],
     }
+    forms: tuple[tuple[Numerics, torch.dtype | None], ...] = (
+        ("exact", None), ("fast", None), ("exact", torch.int8), ("exact", torch.float8_e4m3fn),
+    )  # fmt: skip
     for name, config in SHAPES.items():
-        contexts = _Contexts(config, 5, device)
-        for numerics in ("exact", "fast"):
+        for numerics, narrow in forms:
+            contexts = _Contexts(config, 5, device, narrow)
             attention = TritonAttention(
-                config,
-                numerics="exact" if numerics == "exact" else "fast",
-                dtype=torch.bfloat16,
-                device=device,
+                config, numerics=numerics, dtype=torch.bfloat16, device=device
             )
             for kind, each in shares.items():
                 found = torch.cat(contexts.attend(attention, each))
                 expected = torch.cat([contexts.expected(*share) for share in each])
-                what = f"{name} {kind} {numerics}"
+                what = f"{name} {kind} {numerics} {narrow or ''}".replace("torch.", "")
                 yield Finding(what, error_of(found, expected), _BF16_ERROR)
 
 
 def check_attention_bits(device: torch.device) -> Iterator[Finding]:
     """A row alone, in a chunk, in a large batch and twice."""
-    for name, config in SHAPES.items():
-        contexts = _Contexts(config, 80, device)
+    forms = itertools.product(SHAPES.items(), (None, *_NARROW))
+    for (shape, config), narrow in forms:
+        name = f"{shape} {narrow or ''}".replace("torch.", "").strip()
+        contexts = _Contexts(config, 80, device, narrow)
         attention = _attention(config, device)
         (whole,) = contexts.attend(attention, [(0, 450, 140)])
         again = contexts.attend(attention, [(0, 450, 140)])[0]
@@ -159,10 +196,11 @@ def check_norms(device: torch.device) -> Iterator[Finding]:
         yield Finding(f"{name} norm", error_of(found.normed, expected), _BF16_ERROR)
         few = add_rms_norm(hidden[:3].clone(), delta[:3].clone(), weight, config.rms_norm_eps)
         yield Finding(f"{name} bits", num_different(few.normed, found.normed[:3]), 0)
-        quantised = add_rms_norm(hidden, delta, weight, config.rms_norm_eps, quantise=True)
-        assert quantised.scales is not None
-        restored = quantised.normed * quantised.scales[:, None]
-        yield Finding(f"{name} quantised", error_of(restored, expected), 2e-2)
+        for dtype, limit in _NARROW.items():
+            quantised = add_rms_norm(hidden, delta, weight, config.rms_norm_eps, quantised=dtype)
+            assert quantised.scales is not None
+            restored = quantised.normed.float() * quantised.scales[:, None]
+            yield Finding(f"{name} {dtype}", error_of(restored, expected), limit)
 
 
 def check_activation(device: torch.device) -> Iterator[Finding]:
@@ -171,11 +209,17 @@ def check_activation(device: torch.device) -> Iterator[Finding]:
         x = _random(70, 2 * config.intermediate_size, device=device) * 3
         found, expected = silu_and_multiply(x), plain_silu_and_multiply(x.double())
         yield Finding(name, error_of(found, expected), _BF16_ERROR)
-        quantised = silu_and_multiply_quantised(x)
-        restored = quantised.values * quantised.scales[:, None]
-        yield Finding(f"{name} quantised", error_of(restored, expected), 3e-2)
-        apart = quantise_rows(found)
-        yield Finding(f"{name} fused", num_different(quantised.values, apart.values), 0)
+        for dtype, limit in _NARROW.items():
+            quantised = silu_and_multiply_quantised(x, dtype)
+            restored = quantised.values.float() * quantised.scales[:, None]
+            yield Finding(f"{name} {dtype}", error_of(restored, expected), limit)
+            apart = quantise_rows(found, dtype)
+            different = num_different(quantised.values.float(), apart.values.float())
+            yield Finding(f"{name} {dtype} fused", different, 0)
+            plain = found.float() / apart.scales[:, None]
+            wrong = num_different(apart.values.float(), _narrowed(plain, dtype))
+            # Of a quotient on the border between two numbers, either is right.
+            yield Finding(f"{name} {dtype} rounding", wrong / plain.numel(), 5e-3)
 
 
 def check_rotation(device: torch.device) -> Iterator[Finding]:
@@ -200,28 +244,42 @@ def check_rotation(device: torch.device) -> Iterator[Finding]:
         yield Finding(f"{name} queries", error_of(query, plain[:, : config.num_heads]), _BF16_ERROR)
         yield Finding(f"{name} keys", error_of(caches[1].keys, caches[0].keys), _BF16_ERROR)
         yield Finding(f"{name} values", num_different(caches[1].values, caches[0].values), 0)
+        for dtype, limit in _NARROW.items():
+            narrow = LayerCache(
+                *(torch.zeros(shape, dtype=torch.int8, device=device).view(dtype) for _ in "kv"),
+                *(torch.zeros(shape[:2], device=device) for _ in "kv"),
+            )
+            TritonOperations(config).rotate_and_store(heads, norms, rotation, slots, narrow)
+            assert narrow.key_scales is not None
+            assert narrow.value_scales is not None
+            keys = narrow.keys.float() * narrow.key_scales[:, :, None]
+            values = narrow.values.float() * narrow.value_scales[:, :, None]
+            yield Finding(f"{name} keys {dtype}", error_of(keys, caches[0].keys), limit)
+            yield Finding(f"{name} values {dtype}", error_of(values, caches[0].values), limit)
 
 
-def check_int8(device: torch.device) -> Iterator[Finding]:
-    """Integer products: exact sums, and one row's bits whatever the number of rows."""
-    for name, config in SHAPES.items():
-        hidden, inner = config.hidden_size, config.intermediate_size
-        for columns, depth in ((2 * inner, hidden), (hidden, inner)):
-            weight = quantise_rows(_random(columns, depth, device=device))
-            bias = _random(columns, device=device, seed=1)
-            x = quantise_rows(_random(_ROW_COUNTS[-1], depth, device=device, seed=2))
-            sums = x.values.double() @ weight.values.double().t()
-            exact = sums * x.scales[:, None].double() * weight.scales.double() + bias.double()
-            whole = int8_linear(x, *weight, bias, torch.float32)
-            what = f"{name} {depth} to {columns}"
-            yield Finding(what, error_of(whole, exact), 1e-6)
-            different = 0.0
-            for count in _ROW_COUNTS:
-                for _ in range(3):
-                    some = QuantisedRows(x.values[:count], x.scales[:count])
-                    found = int8_linear(some, *weight, bias, torch.float32)
-                    different += num_different(found, whole[:count])
-            yield Finding(f"{what} bits", different, 0)
+def check_products(device: torch.device) -> Iterator[Finding]:
+    """Products of 8 bits against float64: one row's bits, whatever the number of rows."""
+    for dtype, (product, limit) in _PRODUCTS.items():
+        for name, config in SHAPES.items():
+            hidden, inner = config.hidden_size, config.intermediate_size
+            heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+            for columns, depth in ((heads, hidden), (2 * inner, hidden), (hidden, inner)):
+                weight = quantise_rows(_random(columns, depth, device=device), dtype)
+                bias = _random(columns, device=device, seed=1)
+                x = quantise_rows(_random(_ROW_COUNTS[-1], depth, device=device, seed=2), dtype)
+                sums = x.values.double() @ weight.values.double().t()
+                exact = sums * x.scales[:, None].double() * weight.scales.double() + bias.double()
+                whole = product(x, *weight, bias, torch.float32)
+                what = f"{name} {depth} to {columns} {dtype}".replace("torch.", "")
+                yield Finding(what, error_of(whole, exact), limit)
+                different = 0.0
+                for count in _ROW_COUNTS:
+                    for _ in range(3):
+                        some = QuantisedRows(x.values[:count], x.scales[:count])
+                        found = product(some, *weight, bias, torch.float32)
+                        different += num_different(found, whole[:count])
+                yield Finding(f"{what} bits", different, 0)
 
 
 def check_sampling(device: torch.device) -> Iterator[Finding]:
@@ -252,6 +310,6 @@ KERNEL_CHECKS: Final[dict[str, Check]] = {
     "norms": check_norms,
     "activation": check_activation,
     "rotation": check_rotation,
-    "int8": check_int8,
+    "products": check_products,
     "sampling": check_sampling,
 }

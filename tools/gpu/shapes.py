@@ -6,7 +6,6 @@ seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 
 from understudy.runtime.model.config import ModelConfig, SamplingDefaults
-from understudy.runtime.model.layers import DenseLinear, Linear
+from understudy.runtime.model.layers import Linear
+from understudy.runtime.model.linears import make_linear
 from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.transformer import LayerWeights, ModelWeights, Transformer
 
 LLAMA_3_8B: Final = ModelConfig(
@@ -84,41 +85,27 @@ SHAPES: Final = {
 _WEIGHT_SCALE: Final = 0.02
 
 
-class Int8Linear:
-    """A linear layer with int8 weights and rows quantised as they come."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Take ``weight`` ``[out, in]``, which is quantised by output."""
-        from understudy.runtime.model.kernels.activation import quantise_rows
-        from understudy.runtime.model.kernels.int8_product import int8_linear
-
-        quantised = quantise_rows(weight)
-        dtype = weight.dtype
-        self._multiply: Callable[[Tensor], Tensor] = lambda x: int8_linear(
-            quantise_rows(x), *quantised, bias, dtype
-        )
-
-    def __call__(self, x: Tensor, tiles: tuple[int, ...]) -> Tensor:  # noqa: ARG002
-        """See ``Linear``: sums of integers are exact, so rows need not be cut."""
-        return self._multiply(x)
-
-    def exact_row_counts(self, *, rows_max: int) -> None:
-        """See ``Linear``: any size."""
-
-
 def random_model(
-    config: ModelConfig, device: torch.device, *, is_int8: bool = False, numerics: Numerics = "fast"
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    quantization: Quantization = "none",
+    kv_dtype: torch.dtype | None = None,
+    numerics: Numerics = "fast",
 ) -> Transformer:
-    """A model of this shape, bfloat16, or with int8 weights in its layers."""
+    """A model of this shape as it would be loaded, from weights in bfloat16."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
         return tensor.normal_(0.0, _WEIGHT_SCALE, generator=generator)
 
+    def made(weight: Tensor, bias: Tensor | None, kind: Quantization) -> Linear:
+        dtype = torch.bfloat16
+        return make_linear(weight, bias, quantization=kind, dtype=dtype, device=device)
+
     def linear(rows: int, columns: int, *, has_bias: bool = False) -> Linear:
-        kind = Int8Linear if is_int8 else DenseLinear
-        return kind(random(rows, columns), random(rows) if has_bias else None)
+        return made(random(rows, columns), random(rows) if has_bias else None, quantization)
 
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_heads * config.head_dim
@@ -138,8 +125,10 @@ def random_model(
     )
     embedding = random(config.vocab_size, hidden)
     head = embedding if config.tie_word_embeddings else random(config.vocab_size, hidden)
-    weights = ModelWeights(embedding, layers, 1 + random(hidden), DenseLinear(head, None))
-    return Transformer(config, weights, numerics=numerics)
+    # As the loader has it: the output embedding is never coarser than int8.
+    lm_head = made(head, None, "none" if quantization == "none" else "int8")
+    weights = ModelWeights(embedding, layers, 1 + random(hidden), lm_head)
+    return Transformer(config, weights, numerics=numerics, kv_dtype=kv_dtype)
 
 
 def layer_parameters(config: ModelConfig) -> int:

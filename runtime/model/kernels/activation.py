@@ -2,14 +2,16 @@
 
 from typing import Final
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from understudy.runtime.model.kernels.normalisation import (
+from understudy.runtime.model.kernels.quantisation import (
     QuantisedRows,
-    quantise_block,
-    round_half_even,
+    magnitudes,
+    narrowed,
+    num_warps_for,
     scale_and_factor,
 )
 
@@ -27,29 +29,17 @@ def silu_and_multiply(gate_and_up: Tensor) -> Tensor:
     return output
 
 
-def silu_and_multiply_quantised(gate_and_up: Tensor) -> QuantisedRows:
-    """The same, each row as int8 and a scale."""
+def silu_and_multiply_quantised(
+    gate_and_up: Tensor, dtype: torch.dtype = torch.int8
+) -> QuantisedRows:
+    """The same, each row as numbers of 8 bits and a scale."""
     rows, width = len(gate_and_up), gate_and_up.shape[1] // 2
-    output = QuantisedRows.empty(rows, width, gate_and_up.device)
+    output = QuantisedRows.empty(rows, width, gate_and_up.device, dtype)
     block = min(triton.next_power_of_2(width), _ROW_BLOCK)
     _silu_quantise_kernel[(rows,)](
-        gate_and_up, *output, width, block=block, num_warps=_num_warps(block)
+        gate_and_up, *output, width, block=block, num_warps=num_warps_for(block)
     )
     return output
-
-
-def quantise_rows(x: Tensor) -> QuantisedRows:
-    """Rows of ``[rows, width]`` as int8 and a scale each."""
-    rows, width = x.shape
-    output = QuantisedRows.empty(rows, width, x.device)
-    block = triton.next_power_of_2(width)
-    _quantise_kernel[(rows,)](x, *output, width, block=block, num_warps=_num_warps(block))
-    return output
-
-
-def _num_warps(block: int) -> int:
-    """So many that a row held as one block stays in registers."""
-    return min(max(block // 1024, 1), 32)
 
 
 @triton.jit
@@ -73,25 +63,15 @@ def _silu_kernel(gate_and_up, output, width, block: tl.constexpr):
 def _silu_quantise_kernel(gate_and_up, values, scales, width, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     gates = gate_and_up + row * (2 * width)
-    largest = tl.zeros([block], tl.float32)
+    dtype: tl.constexpr = values.dtype.element_ty
+    largest = tl.zeros([block], tl.int32)
     for start in range(0, width, block):
         x = _activated(gates, start + tl.arange(0, block), width).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x))
-    scale, factor = scale_and_factor(tl.max(largest, 0))
+        largest = tl.maximum(largest, magnitudes(x))
+    scale, factor = scale_and_factor(tl.max(largest, 0), dtype)
     # Computed again: what was read is still in the cache, and a whole row outgrows the registers.
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
         x = _activated(gates, columns, width).to(tl.float32)
-        quantised = round_half_even(x * factor).to(tl.int8)
-        tl.store(values + row * width + columns, quantised, mask=columns < width)
+        tl.store(values + row * width + columns, narrowed(x * factor, dtype), mask=columns < width)
     tl.store(scales + row, scale)
-
-
-@triton.jit
-def _quantise_kernel(x, values, scales, width, block: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, block)
-    mask = columns < width
-    places = row * width + columns
-    numbers = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
-    quantise_block(numbers, values, scales, row, places, mask)

@@ -154,7 +154,7 @@ class TritonAttention:
         """Attend to the cache, which holds the step's own keys and values already.
 
         Args:
-            heads: ``[rows, heads, head_dim]``, of the cache's dtype.
+            heads: ``[rows, heads, head_dim]``, of the cache's dtype unless that has 8 bits.
             cache: The layer's.
             plan: The step's.
 
@@ -170,5 +170,7 @@ class TritonAttention:
             plan.splits,
             block_size=plan.block_size,
             scale=self._head_dim**-0.5,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
         )
         return plan.output.view(len(plan.output), -1)

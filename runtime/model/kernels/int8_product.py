@@ -12,15 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from understudy.runtime.model.kernels.normalisation import QuantisedRows
+from understudy.runtime.model.kernels.quantisation import QuantisedRows
 
 _PROGRAMS_MIN: Final = 256
 """About two for each multiprocessor of a large GPU; with fewer, memory idles: sums are shared."""
 _SHARED_TILE_MAX: Final = 64 * 128
-_GROUP_TILES: Final = 8
+GROUP_TILES: Final = 8
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """Sizes of one program's tile."""
 
     rows: int
@@ -66,22 +66,22 @@ def int8_linear(
         tile_rows=shape.rows,
         tile_columns=shape.columns,
         tile_depth=shape.depth,
-        group_tiles=_GROUP_TILES,
+        group_tiles=GROUP_TILES,
         num_stages=shape.num_stages,
         num_warps=shape.num_warps,
     )
     return output
 
 
-def _shape(rows: int) -> _Shape:
+def _shape(rows: int) -> Shape:
     if rows <= 64:
-        return _Shape(max(16, triton.next_power_of_2(rows)), 64, 256, 4, 4)
+        return Shape(max(16, triton.next_power_of_2(rows)), 64, 256, 4, 4)
     if rows <= 256:
-        return _Shape(64, 128, 128, 4, 4)
-    return _Shape(128, 128, 128, 8, 4)
+        return Shape(64, 128, 128, 4, 4)
+    return Shape(128, 128, 128, 8, 4)
 
 
-def _num_shares(tiles: int, depth: int, shape: _Shape) -> int:
+def _num_shares(tiles: int, depth: int, shape: Shape) -> int:
     """How many programs share a tile's sum: a power of two, each with two steps at least."""
     if shape.rows * shape.columns > _SHARED_TILE_MAX:
         return 1
@@ -101,7 +101,7 @@ def _shared_sums(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _tile_of(program, num_rows, num_columns, tile_rows, tile_columns, group_tiles: tl.constexpr):
+def tile_of(program, num_rows, num_columns, tile_rows, tile_columns, group_tiles: tl.constexpr):
     """Row and column of a program's tile.
 
     Programs that run at the same time form squares: what they read is still in the cache.
@@ -116,10 +116,11 @@ def _tile_of(program, num_rows, num_columns, tile_rows, tile_columns, group_tile
 
 
 @triton.jit
-def _store_scaled(
+def store_scaled(
     total, x_scales, weight_scales, bias, output, rows, columns, num_rows, num_columns,
     has_bias: tl.constexpr,
 ):  # fmt: skip
+    """Store a tile of sums, times both scales, plus the bias."""
     is_column = columns < num_columns
     row_scales = tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)
     column_scales = tl.load(weight_scales + columns, mask=is_column, other=0.0)
@@ -137,7 +138,8 @@ def _store_scaled(
     )
 
 
-@triton.jit
+# One program serves any number of rows: a server would compile it anew in the middle of its work.
+@triton.jit(do_not_specialize=["num_rows"])
 def _int8_kernel(
     x, x_scales, weight, weight_scales, bias, output, sums, arrivals,
     num_rows, num_columns, depth,
@@ -146,7 +148,7 @@ def _int8_kernel(
     group_tiles: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    row_tile, column_tile = _tile_of(
+    row_tile, column_tile = tile_of(
         tile, num_rows, num_columns, tile_rows, tile_columns, group_tiles
     )
     rows = row_tile * tile_rows + tl.arange(0, tile_rows)
@@ -181,7 +183,7 @@ def _int8_kernel(
             tl.store(shared, tl.zeros([tile_rows, tile_columns], tl.int32))
             tl.store(arrivals + tile, 0)
     if is_last:
-        _store_scaled(
+        store_scaled(
             total, x_scales, weight_scales, bias, output, rows, columns, num_rows, num_columns,
             has_bias,
         )  # fmt: skip

@@ -7,24 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INT8_MAX = tl.constexpr(127.0)
-
-
-class QuantisedRows(NamedTuple):
-    """Rows as ``values * scales``, symmetric, each row by its own largest number."""
-
-    values: Tensor
-    """``[rows, width]``, int8."""
-    scales: Tensor
-    """``[rows]``, float32; 0 for a row of zeros."""
-
-    @classmethod
-    def empty(cls, num_rows: int, width: int, device: torch.device) -> "QuantisedRows":
-        """Room for so many rows."""
-        return cls(
-            torch.empty(num_rows, width, dtype=torch.int8, device=device),
-            torch.empty(num_rows, dtype=torch.float32, device=device),
-        )
+from understudy.runtime.model.kernels.quantisation import QuantisedRows, quantise_block
 
 
 class Normalised(NamedTuple):
@@ -33,24 +16,30 @@ class Normalised(NamedTuple):
     hidden: Tensor
     """The sum, ``[rows, width]``; what came in if there was nothing to add."""
     normed: Tensor
-    """``[rows, width]``, of the same dtype; or int8, quantised, with ``scales``."""
+    """``[rows, width]``, of the same dtype; or quantised, with ``scales``."""
     scales: Tensor | None
     """As in ``QuantisedRows``."""
 
 
 def add_rms_norm(
-    hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, quantise: bool = False
+    hidden: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    quantised: torch.dtype | None = None,
 ) -> Normalised:
     """``hidden + delta`` and its norm (Zhang and Sennrich, arXiv:1910.07467), times ``weight``.
 
-    The sum is rounded to its dtype before the norm is taken, as if it had been stored.
+    The sum is rounded to its dtype before the norm is taken, as if it had been stored. The norm
+    is of ``quantised``, an 8-bit dtype, if that is given.
     """
     rows, width = hidden.shape
     added = hidden if delta is None else torch.empty_like(hidden)
-    if quantise:
-        normed, scales = QuantisedRows.empty(rows, width, hidden.device)
-    else:
+    if quantised is None:
         normed, scales = torch.empty_like(hidden), None
+    else:
+        normed, scales = QuantisedRows.empty(rows, width, hidden.device, quantised)
     block = triton.next_power_of_2(width)
     _add_rms_norm_kernel[(rows,)](
         hidden,
@@ -63,32 +52,10 @@ def add_rms_norm(
         eps,
         block=block,
         has_delta=delta is not None,
-        quantise=quantise,
+        quantise=quantised is not None,
         num_warps=min(max(block // 512, 1), 16),
     )
     return Normalised(added, normed, scales)
-
-
-@triton.jit
-def round_half_even(x):
-    """Round to the nearest integer, as torch does: adding 1.5 * 2**23 leaves no fraction."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def scale_and_factor(largest):
-    """What int8 numbers are multiplied by, and what numbers are multiplied by to become int8."""
-    scale = tl.div_rn(largest, _INT8_MAX)
-    is_zero = scale == 0.0
-    return scale, tl.where(is_zero, 0.0, tl.div_rn(1.0, tl.where(is_zero, 1.0, scale)))
-
-
-@triton.jit
-def quantise_block(x, values, scales, row, places, mask):
-    """Store a row, held as one block of float32, as int8 and its scale."""
-    scale, factor = scale_and_factor(tl.max(tl.abs(x), 0))
-    tl.store(values + places, round_half_even(x * factor).to(tl.int8), mask=mask)
-    tl.store(scales + row, scale)
 
 
 @triton.jit

@@ -13,6 +13,9 @@ by a second kernel; many sequences, or prompts, keep it busy with one program a 
 splits itself. Both join the same numbers by the same instructions, so the bits of a row depend on
 its context alone: not on the batch, not on how its prompt was cut, not on which way was taken.
 
+Keys and values of 8 bits have a scale for each token and head. They are widened to the queries'
+dtype, which is exact; scores are multiplied with the keys' scales, and weights with the values'.
+
 Online softmax: Milakov and Gimelshein, arXiv:1805.02867; splits: Dao et al., "Flash-Decoding".
 """
 
@@ -87,11 +90,13 @@ def paged_attention(
     *,
     block_size: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Attend to a cache that holds the step's own keys and values already.
 
     Args:
-        query: ``[rows, heads, head_dim]``, of the cache's dtype.
+        query: ``[rows, heads, head_dim]``, of the cache's dtype unless that has 8 bits.
         keys: One layer's, ``[slots + 1, kv_heads, head_dim]``; the last slot is all zero.
         values: The same.
         tiles: The step's.
@@ -99,6 +104,8 @@ def paged_attention(
         splits: Wanted if ``tiles.num_splits``.
         block_size: Slots of a block.
         scale: Multiplies the scores.
+        key_scales: Of keys of 8 bits, ``[slots + 1, kv_heads]``, float32.
+        value_scales: Of values of 8 bits.
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = keys.shape[1]
@@ -107,14 +114,13 @@ def paged_attention(
     partial = splits or SplitBuffers(output, output, output)
     grid = (len(tiles.sequences), num_kv_heads, max(tiles.num_splits, 1))
     _attend_kernel[grid](
-        query,
-        keys,
-        values,
+        *(query, keys, values),
+        keys if key_scales is None else key_scales,
+        values if value_scales is None else value_scales,
         output,
         *partial,
         *tiles[:6],
-        tiles.block_tables.stride(0),
-        query.stride(0),
+        *(tiles.block_tables.stride(0), query.stride(0)),
         len(keys) - 1,
         scale * _LOG2_E,
         max(tiles.num_splits, 1),
@@ -127,15 +133,15 @@ def paged_attention(
         tile_keys=_TILE_KEYS,
         split_keys=SPLIT_KEYS,
         is_split=tiles.num_splits > 0,
+        is_narrow=key_scales is not None,
         num_stages=_num_stages(keys.dtype),
-        num_warps=_num_warps(tiles.rows, head_dim, keys.dtype),
+        num_warps=_num_warps(tiles.rows, head_dim, query.dtype),
     )
     if tiles.num_splits:
         _join_kernel[(len(tiles.sequences), num_kv_heads, tiles.rows // _JOINED_ROWS)](
             output,
             *partial,
-            *tiles[:5],
-            tiles.num_splits,
+            *(*tiles[:5], tiles.num_splits),
             num_kv_heads=num_kv_heads,
             group=group,
             head_dim=head_dim,
@@ -187,10 +193,11 @@ def _join(
 
 @triton.jit
 def _attend_to_split(
-    q, keys, values, table, start, stop, num_keys, seen_until, kv_head, zero_slot, scale,
+    q, keys, values, key_scales, value_scales, table, start, stop, num_keys, seen_until, kv_head,
+    zero_slot, scale,
     num_kv_heads: tl.constexpr, head_dim: tl.constexpr, dims: tl.constexpr,
     block_size: tl.constexpr, tile_rows: tl.constexpr, tile_keys: tl.constexpr,
-    num_stages: tl.constexpr,
+    num_stages: tl.constexpr, is_narrow: tl.constexpr,
 ):  # fmt: skip
     """A tile's maximum, sum and weighted values over the keys from start to stop."""
     column = tl.arange(0, dims)
@@ -204,14 +211,20 @@ def _attend_to_split(
         slots = blocks.to(tl.int64) * block_size + key_positions % block_size
         # Beyond the context a block may hold anything; the zero slot is zero for ever.
         slots = tl.where(is_key, slots, zero_slot)
-        places = (slots * num_kv_heads + kv_head)[:, None] * head_dim + column[None, :]
+        cached = slots * num_kv_heads + kv_head
+        places = cached[:, None] * head_dim + column[None, :]
         if dims == head_dim:
             k = tl.load(keys + places)
             v = tl.load(values + places)
         else:
             k = tl.load(keys + places, mask=(column < head_dim)[None, :], other=0.0)
             v = tl.load(values + places, mask=(column < head_dim)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+        if is_narrow:
+            k, v = k.to(q.dtype), v.to(q.dtype)
+            factors = tl.load(key_scales + cached) * scale
+            scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factors[None, :]
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         seen = key_positions[None, :] <= seen_until[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -219,19 +232,24 @@ def _attend_to_split(
         weights = tl.exp2(scores - safe_peak[:, None])
         keep = tl.exp2(peak - safe_peak)
         total = total * keep + tl.sum(weights, 1)
+        if is_narrow:
+            weights = weights * tl.load(value_scales + cached)[None, :]
         joined = tl.dot(weights.to(v.dtype), v, joined * keep[:, None], input_precision="tf32x3")
         peak = new_peak
     return peak, total, joined
 
 
-@triton.jit
+# Steps differ in these; none is worth a program of its own, compiled while requests wait.
+@triton.jit(do_not_specialize=["table_stride", "zero_slot", "num_splits"])
 def _attend_kernel(
-    query, keys, values, output, split_values, split_peaks, split_sums,
+    query, keys, values, key_scales, value_scales, output,
+    split_values, split_peaks, split_sums,
     tile_sequences, tile_first_rows, starts, num_tokens_of, positions, block_tables,
     table_stride, query_stride, zero_slot, scale, num_splits,
     num_kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, dims: tl.constexpr,
     block_size: tl.constexpr, tile_rows: tl.constexpr, tile_keys: tl.constexpr,
     split_keys: tl.constexpr, is_split: tl.constexpr, num_stages: tl.constexpr,
+    is_narrow: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     sequence = tl.load(tile_sequences + tl.program_id(0))
@@ -259,9 +277,11 @@ def _attend_kernel(
         if start >= num_keys:
             return
         peak, total, joined = _attend_to_split(
-            q, keys, values, table, start, tl.minimum(start + split_keys, num_keys), num_keys,
+            q, keys, values, key_scales, value_scales, table,
+            start, tl.minimum(start + split_keys, num_keys), num_keys,
             seen_until, kv_head, zero_slot, scale,
             num_kv_heads, head_dim, dims, block_size, tile_rows, tile_keys, num_stages,
+            is_narrow,
         )  # fmt: skip
         places = places * num_splits + tl.program_id(2)
         tl.store(split_peaks + places, peak, mask=is_row)
@@ -273,9 +293,11 @@ def _attend_kernel(
         joined = tl.zeros([tile_rows, dims], tl.float32)
         for start in range(0, num_keys, split_keys):
             split_peak, split_total, split_joined = _attend_to_split(
-                q, keys, values, table, start, tl.minimum(start + split_keys, num_keys), num_keys,
+                q, keys, values, key_scales, value_scales, table,
+                start, tl.minimum(start + split_keys, num_keys), num_keys,
                 seen_until, kv_head, zero_slot, scale,
                 num_kv_heads, head_dim, dims, block_size, tile_rows, tile_keys, num_stages,
+                is_narrow,
             )  # fmt: skip
             peak, total, joined = _join(
                 peak, total, joined, split_peak, split_total, split_joined, tile_rows, dims
@@ -286,7 +308,7 @@ def _attend_kernel(
         tl.store(output + places[:, None] * head_dim + column[None, :], attended, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _join_kernel(
     output,
     split_values,

@@ -1,12 +1,18 @@
 """From the fused projection to the cache: norms of heads, rotary embedding, keys and values stored.
 
-One pass over ``[rows, (heads + 2 · kv_heads) · head_dim]``; only queries are written out.
+One pass over ``[rows, (heads + 2 · kv_heads) · head_dim]``; only queries are written out. In a
+cache of 8 bits each key and value, of one token and head, has a scale of its own.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from understudy.runtime.model.kernels.quantisation import (
+    magnitudes,
+    narrowed,
+    scale_and_factor,
+)
 from understudy.runtime.model.kv_cache import LayerCache
 from understudy.runtime.model.rope import Rotation
 
@@ -33,12 +39,13 @@ def rotate_and_store(
         cache: The layer's.
 
     Returns:
-        ``[rows, heads, head_dim]``, of the cache's dtype.
+        ``[rows, heads, head_dim]``, of the same dtype.
     """
     rows, num_all, head_dim = heads.shape
     num_kv_heads = cache.keys.shape[1]
     num_heads = num_all - 2 * num_kv_heads
-    query = heads.new_empty((rows, num_heads, head_dim), dtype=cache.keys.dtype)
+    query = heads.new_empty((rows, num_heads, head_dim))
+    is_narrow = cache.key_scales is not None
     _rotate_kernel[(rows, triton.cdiv(num_all, _HEADS_EACH))](
         heads,
         heads if qk_norm is None else qk_norm,
@@ -48,6 +55,8 @@ def rotate_and_store(
         query,
         cache.keys,
         cache.values,
+        cache.keys if cache.key_scales is None else cache.key_scales,
+        cache.values if cache.value_scales is None else cache.value_scales,
         len(slots),
         eps,
         num_heads=num_heads,
@@ -56,12 +65,13 @@ def rotate_and_store(
         padded_half=triton.next_power_of_2(head_dim // 2),
         heads_each=_HEADS_EACH,
         has_norm=qk_norm is not None,
+        is_narrow=is_narrow,
         num_warps=4,
     )
     return query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _rotate_kernel(
     heads,
     qk_norm,
@@ -71,6 +81,8 @@ def _rotate_kernel(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     num_slots,
     eps,
     num_heads: tl.constexpr,
@@ -79,6 +91,7 @@ def _rotate_kernel(
     padded_half: tl.constexpr,
     heads_each: tl.constexpr,
     has_norm: tl.constexpr,
+    is_narrow: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * heads_each + tl.arange(0, heads_each)
@@ -118,11 +131,36 @@ def _rotate_kernel(
     if row < num_slots:
         slot = tl.load(slots + row).to(tl.int64)
         if slot >= 0:
-            stored = slot * (num_kv_heads * 2 * half) + places - num_heads * 2 * half
-            key_mask = (head >= num_heads)[:, None] & is_rotated & is_column
-            tl.store(keys + stored, turned_first.to(dtype), mask=key_mask)
-            tl.store(keys + stored + half, turned_second.to(dtype), mask=key_mask)
-            stored -= num_kv_heads * 2 * half
-            value_mask = mask & (head >= num_heads + num_kv_heads)[:, None]
-            tl.store(values + stored, turned_first.to(dtype), mask=value_mask)
-            tl.store(values + stored + half, turned_second.to(dtype), mask=value_mask)
+            _store_kept(
+                keys, values, key_scales, value_scales, turned_first, turned_second, slot, head,
+                column, num_heads, num_kv_heads, half, is_narrow,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_kept(
+    keys, values, key_scales, value_scales, first, second, slot, head, column,
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, half: tl.constexpr,
+    is_narrow: tl.constexpr,
+):  # fmt: skip
+    """Store those of some heads that are keys or values, both halves of each."""
+    is_key = (head >= num_heads) & (head < num_heads + num_kv_heads)
+    is_value = (head >= num_heads + num_kv_heads) & (head < num_heads + 2 * num_kv_heads)
+    kept: tl.constexpr = keys.dtype.element_ty
+    place = slot * num_kv_heads + head - num_heads
+    if is_narrow:
+        largest = tl.maximum(magnitudes(first), magnitudes(second))
+        scale, factor = scale_and_factor(tl.max(largest, 1), kept)
+        first, second = first * factor[:, None], second * factor[:, None]
+        tl.store(key_scales + place, scale, mask=is_key)
+        tl.store(value_scales + place - num_kv_heads, scale, mask=is_value)
+        first, second = narrowed(first, kept), narrowed(second, kept)
+    else:
+        first, second = first.to(kept), second.to(kept)
+    stored = place[:, None] * (2 * half) + column[None, :]
+    is_column = (column < half)[None, :]
+    tl.store(keys + stored, first, mask=is_key[:, None] & is_column)
+    tl.store(keys + stored + half, second, mask=is_key[:, None] & is_column)
+    stored -= num_kv_heads * 2 * half
+    tl.store(values + stored, first, mask=is_value[:, None] & is_column)
+    tl.store(values + stored + half, second, mask=is_value[:, None] & is_column)

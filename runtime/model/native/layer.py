@@ -9,10 +9,11 @@ from torch import Tensor
 
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.kv_cache import LayerCache
+from understudy.runtime.model.layers import Linear
 from understudy.runtime.model.native.attention import cache_of, heads_of
 from understudy.runtime.model.native.library import Library
 from understudy.runtime.model.native.structures import Rows, address
-from understudy.runtime.model.operations import Summed
+from understudy.runtime.model.operations import Multiplied, Summed
 from understudy.runtime.model.rope import Rotation
 
 
@@ -24,8 +25,30 @@ class NativeOperations:
         self._epsilon = config.rms_norm_eps
         self._heads = heads_of(config)
 
-    def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
+    def normalise_and_multiply(
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        linear: Linear,
+        tiles: tuple[int, ...],
+    ) -> Multiplied:
         """See ``Operations``; ``hidden`` is changed in place."""
+        summed = self.add_and_normalise(hidden, delta, weight)
+        return Multiplied(summed.hidden, linear(summed.normed, tiles))
+
+    def activate_and_multiply(
+        self, gate_and_up: Tensor, linear: Linear, tiles: tuple[int, ...]
+    ) -> Tensor:
+        """See ``Operations``."""
+        return linear(self.silu_and_multiply(gate_and_up), tiles)
+
+    def normalise(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """See ``Operations``."""
+        return self.add_and_normalise(hidden, None, weight).normed
+
+    def add_and_normalise(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Summed:
+        """``hidden + delta``, in place, and its norm."""
         num_rows, width = hidden.shape
         normed = torch.empty(num_rows, width)
         self._functions.add_and_normalise(

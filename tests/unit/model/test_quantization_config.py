@@ -35,6 +35,13 @@ def test_each_kind_is_understood() -> None:
     }
 
 
+def test_fp8_weights_alone_are_told_from_fp8_rows_and_weights() -> None:
+    value = configured("fp8-channel", 64)
+    assert not checkpoint_quantization(value).is_weight_only
+    value["config_groups"]["group_0"]["input_activations"] = None
+    assert checkpoint_quantization(value).is_weight_only
+
+
 def test_a_group_size_of_minus_one_is_the_whole_row() -> None:
     assert checkpoint_quantization(configured("gptq", -1)).group_size is None
 

@@ -20,7 +20,12 @@ from understudy.runtime.model.checkpoint import Checkpoint
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.exactness import prove_exactness
 from understudy.runtime.model.loader import load_model
-from understudy.runtime.model.quantization import Int4Weight, Int8Weight, dequantize_int4
+from understudy.runtime.model.quantization import (
+    Fp8Weight,
+    Int4Weight,
+    Int8Weight,
+    dequantize_int4,
+)
 from understudy.runtime.model.quantized_checkpoint import read_matrix
 from understudy.runtime.model.transformer import Transformer
 
@@ -88,12 +93,16 @@ def test_a_matrix_is_read_as_the_numbers_that_were_packed(tmp_path: Path, kind: 
         shape = plain.tensors[f"{module}.weight"].shape
         weight = read_matrix(quantized, scheme, module, shape)
         match weight:
-            case Int8Weight():
+            case Int8Weight() | Fp8Weight():
                 assert torch.equal(weight.values * weight.scales[:, None], expected)
             case Int4Weight():
                 torch.testing.assert_close(dequantize_int4(weight), expected, atol=1e-6, rtol=1e-5)
             case Tensor():
                 assert torch.equal(weight, expected)
+        if kind.startswith("fp8"):
+            kept = read_matrix(quantized, scheme, module, shape, keeps_fp8=True)
+            assert isinstance(kept, Fp8Weight)
+            assert torch.equal(kept.values.float() * kept.scales[:, None], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

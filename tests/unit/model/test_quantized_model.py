@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.unit.model.conftest import CPU
 from tests.unit.model.test_exactness import NUM_SEQUENCES, Run, assert_equals_oracle
 from understudy.protocol.errors import ConfigurationError
-from understudy.runtime.model import loader
+from understudy.runtime.model import formats, loader, operations
 from understudy.runtime.model.exactness import numerics_class, prove_exactness
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.quantization_config import Quantization
@@ -107,11 +108,42 @@ def test_quantised_weights_need_less_memory(monkeypatch: pytest.MonkeyPatch) -> 
     load_model(demo_model_directory(), dtype=torch.float32, device=CPU, quantization="int8")
 
 
-def test_a_gpu_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="run on the CPU only; set --device cpu"):
+@pytest.mark.parametrize(
+    ("device", "has_kernels", "option", "kind", "words"),
+    [
+        ("cuda", True, "quantization", "int4", "weights of 4 bits .int4. run on the CPU only"),
+        ("cuda", False, "quantization", "int8", "need Triton on a GPU"),
+        ("cuda", False, "quantization", "fp8", "--quantization fp8 needs a GPU"),
+        ("cpu", False, "quantization", "fp8", "--quantization fp8 needs a GPU"),
+        ("cpu", False, "kv_cache_dtype", "fp8", "--kv-cache-dtype fp8 needs a GPU"),
+        ("cuda", False, "kv_cache_dtype", "int8", "--kv-cache-dtype int8 needs a GPU with Triton"),
+    ],
+)
+def test_what_a_device_has_no_kernels_for_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    has_kernels: bool,
+    option: str,
+    kind: str,
+    words: str,
+) -> None:
+    for module in (operations, formats):
+        monkeypatch.setattr(module, "has_kernels", lambda _: has_kernels)
+    options: dict[str, Any] = {option: kind}
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        load_model(
+            demo_model_directory(), dtype=torch.float32, device=torch.device(device), **options
+        )
+    assert len(caught.value.problems) == 1
+
+
+def test_a_card_that_is_too_old_has_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "has_kernels", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    with pytest.raises(ConfigurationError, match=r"compute capability 8\.9"):
         load_model(
             demo_model_directory(),
-            dtype=torch.float32,
+            dtype=torch.bfloat16,
             device=torch.device("cuda"),
-            quantization="int8",
+            quantization="fp8",
         )

@@ -74,29 +74,29 @@ def test_rows_are_written_as_they_come(
 
 
 @pytest.mark.parametrize(
-    ("config", "tokens", "context", "is_int8", "floor_ms"),
+    ("config", "tokens", "context", "form", "floor_ms"),
     [
-        (LLAMA_3_8B, 1, 1024, False, 3.52),
-        (LLAMA_3_8B, 128, 1024, False, 7.49),
-        (LLAMA_3_8B, 256, 1024, False, 12.9),
-        (LLAMA_3_8B, 1, 1024, True, 1.90),
-        (QWEN_2_5_7B, 1, 1024, False, 3.30),
-        (QWEN_2_5_7B, 128, 1024, False, 5.04),
-        (QWEN_2_5_05B, 1, 1024, False, 0.23),
+        (LLAMA_3_8B, 1, 1024, bench.Form(), 3.52),
+        (LLAMA_3_8B, 128, 1024, bench.Form(), 7.49),
+        (LLAMA_3_8B, 256, 1024, bench.Form(), 12.9),
+        (LLAMA_3_8B, 1, 1024, bench.Form("int8"), 1.78),
+        (LLAMA_3_8B, 128, 1024, bench.Form("int8"), 5.74),
+        (LLAMA_3_8B, 128, 1024, bench.Form("int8", torch.int8), 3.79),
+        (QWEN_2_5_7B, 1, 1024, bench.Form(), 3.30),
+        (QWEN_2_5_7B, 128, 1024, bench.Form(), 5.04),
+        (QWEN_2_5_05B, 1, 1024, bench.Form(), 0.23),
     ],
 )
 def test_floors_are_those_that_were_worked_out_by_hand(
-    config: ModelConfig, tokens: int, context: int, is_int8: bool, floor_ms: float
+    config: ModelConfig, tokens: int, context: int, form: bench.Form, floor_ms: float
 ) -> None:
-    found = bench._floor_ms(
-        config, H200, tokens=tokens, sampled=tokens, context=context, is_int8=is_int8
-    )
+    found = bench._floor_ms(config, H200, form, tokens=tokens, sampled=tokens, context=context)
     assert found == pytest.approx(floor_ms, rel=0.03)
 
 
 @pytest.mark.parametrize(("length", "floor_ms"), [(2048, 37.6), (8192, 167.0)])
 def test_floors_of_prompts(length: int, floor_ms: float) -> None:
     found = bench._floor_ms(
-        LLAMA_3_8B, H200, tokens=length, sampled=1, context=length, is_int8=False
+        LLAMA_3_8B, H200, bench.Form(), tokens=length, sampled=1, context=length
     )
     assert found == pytest.approx(floor_ms, rel=0.03)

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from understudy.runtime.model.kernels import int8_product
 from understudy.runtime.model.kernels.int8_product import int8_linear
-from understudy.runtime.model.kernels.normalisation import QuantisedRows
+from understudy.runtime.model.kernels.quantisation import QuantisedRows
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from understudy.runtime.model.kernels.paged_attention import (
     Tiles,
     paged_attention,
 )
+from understudy.runtime.model.kernels.quantisation import NARROW_MAX
 
 BLOCK_SIZE = 16
 HEAD_DIM = 32
@@ -29,6 +30,8 @@ class Context(NamedTuple):
     keys: Tensor
     values: Tensor
     block_tables: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 def context_of(
@@ -49,6 +52,25 @@ def context_of(
         for cached in (keys, values):
             cached[slots] = torch.randn(length, kv_heads, head_dim, generator=generator)
     return Context(query.to(dtype), keys.to(dtype), values.to(dtype), tables)
+
+
+def in_8_bits(context: Context, dtype: torch.dtype) -> tuple[Context, Context]:
+    """The same context with a cache of 8 bits, and with the numbers that are left in it."""
+    largest = NARROW_MAX[dtype]
+    narrow, wide = [], []
+    for cached in (context.keys, context.values):
+        scales = cached.abs().amax(dim=2, keepdim=True) / largest
+        scaled = cached / torch.where(scales == 0, 1.0, scales)
+        values = (scaled.round() if dtype == torch.int8 else scaled).nan_to_num().to(dtype)
+        narrow += [values, scales.squeeze(2)]
+        wide.append(values.float() * scales)
+    keys, key_scales, values, value_scales = narrow
+    return (
+        context._replace(
+            keys=keys, values=values, key_scales=key_scales, value_scales=value_scales
+        ),
+        context._replace(keys=wide[0], values=wide[1]),
+    )
 
 
 def slots_of(table: Tensor, length: int) -> Tensor:
@@ -95,6 +117,7 @@ def attend(
     paged_attention(
         query, context.keys, context.values, tiles, output, splits,
         block_size=BLOCK_SIZE, scale=head_dim**-0.5,
+        key_scales=context.key_scales, value_scales=context.value_scales,
     )  # fmt: skip
     return list(torch.split(output, [count for *_, count in shares]))
 
@@ -125,6 +148,23 @@ def test_it_is_masked_softmax_attention(
     found = attend(context, shares, tile_rows=64, is_split=is_split)
     for rows, share in zip(found, shares, strict=True):
         torch.testing.assert_close(rows.double(), expected(context, *share), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("head_dim", "is_split"), [(32, True), (12, False)])
+def test_a_cache_of_8_bits_is_read_with_its_scales(
+    dtype: torch.dtype, head_dim: int, is_split: bool
+) -> None:
+    context, wide = in_8_bits(
+        context_of([20, 530], heads=4, kv_heads=2, head_dim=head_dim, dtype=torch.float32), dtype
+    )
+    shares = [(0, 0, 20), (1, 529, 1)]
+    found = attend(context, shares, tile_rows=16, is_split=is_split)
+    for rows, share in zip(found, shares, strict=True):
+        torch.testing.assert_close(rows.double(), expected(wide, *share), atol=2e-5, rtol=2e-5)
+    # A row alone, by the other way, has the same bits.
+    (alone,) = attend(context, [(0, 19, 1)], tile_rows=16, is_split=not is_split)
+    assert torch.equal(alone[0], found[0][19])
 
 
 def test_it_is_close_in_half_precision() -> None:
