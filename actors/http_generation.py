@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from aiohttp import hdrs, web
 
 from understudy.actors.grammar_checks import GrammarChecks
-from understudy.actors.http_access import priority_of, tenant_of, with_rights
+from understudy.actors.http_access import priority_of, with_rights
 from understudy.actors.http_answers import Answers, Call, HttpLimits
 from understudy.actors.http_early_refusals import EarlyRefusals
 from understudy.actors.http_rejoin import (
@@ -20,6 +20,7 @@ from understudy.actors.http_rejoin import (
     body_digest,
     idempotency_key,
     is_resumable_call,
+    tenant_of,
 )
 from understudy.actors.http_return_times import ReturnTimes
 from understudy.protocol.errors import (
