@@ -60,8 +60,9 @@ class HttpLimits:
     body_timeout_s: float = 30.0
     keep_alive_s: float = 10.0
     write_timeout_s: float = 30.0
-    header_timeout_s: float = 9.0
-    """From the first byte to the last of a header; a little more passes until somebody looks."""
+    header_timeout_s: float = 8.0
+    """From the first byte to the last of a header. A little more passes until somebody looks, and
+    until a busy server has taken the connection; clients shall see no more than ten seconds."""
     idle_timeout_s: float = 75.0
     """Between two requests of one connection."""
     connections_per_address: int = 8192

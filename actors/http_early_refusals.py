@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from understudy.protocol.errors import Overloaded
 
-HOLD_S: Final = 0.025
+HOLD_S: Final = 0.1
 TENANTS_MAX: Final = 1024
 
 

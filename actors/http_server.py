@@ -95,8 +95,7 @@ async def serve_http(
         chance: Where ids, seeds and jitter come from; the system's if ``None``.
         wall_clock: Seconds since 1970.
     """
-    limits = limits or HttpLimits()
-    chance = chance or secrets.SystemRandom()
+    limits, chance = limits or HttpLimits(), chance or secrets.SystemRandom()
     answers = Answers(port, wake, served, limits=limits, clock=clock)
     streams = StreamEndpoints(port, wake, served, answers, clock=clock)
     generation = GenerationEndpoints(
@@ -110,6 +109,7 @@ async def serve_http(
         draw=chance.getrandbits,
     )
     pooled = PooledCalls(port, wake, answers, limits=limits, clock=clock)
+    pooling = PoolingEndpoints(served, generation, pooled, wall_clock, chance.getrandbits)
     guards = ConnectionGuards(limits, asyncio.get_running_loop().time)
     app = _application(
         limits,
@@ -117,20 +117,33 @@ async def serve_http(
         _error_middleware(chance),
         access_middleware(find_key, served.name),
     )
-    status = StatusEndpoints(port, served)
+    status, usage = StatusEndpoints(port, served), UsageEndpoint(port, wake, wall_clock=wall_clock)
     endpoints = Endpoints(
         generation=generation,
         responses=ResponseEndpoints(port, served, generation, answers, streams),
         messages=MessageEndpoints(generation),
         tokenization=TokenizationEndpoints(served, generation),
         native=NativeEndpoints(port, wake, generation, answers, streams, clock=clock),
-        pooling=PoolingEndpoints(served, generation, pooled, wall_clock, chance.getrandbits),
+        pooling=pooling,
         streams=streams,
         status=status,
-        usage=UsageEndpoint(port, wake, wall_clock=wall_clock),
+        usage=usage,
     )
-    table = routes(endpoints, version=status.server_version, has_keys=find_key is not None)
-    add_routes(app.router, table)
+    version, has_keys = status.server_version, find_key is not None
+    add_routes(app.router, routes(endpoints, version=version, has_keys=has_keys))
+
+    _stop_with(app, answers, pooled, generation, guards)
+    return await _start(app, listener, guards, certificate)
+
+
+def _stop_with(
+    app: web.Application,
+    answers: Answers,
+    pooled: PooledCalls,
+    generation: GenerationEndpoints,
+    guards: ConnectionGuards,
+) -> None:
+    """Have what an application runs on end with it."""
 
     async def stop(_: web.Application) -> None:
         await asyncio.gather(answers.stop(), pooled.stop())
@@ -138,7 +151,6 @@ async def serve_http(
         guards.stop()
 
     app.on_shutdown.append(stop)
-    return await _start(app, listener, guards, certificate)
 
 
 def _application(limits: HttpLimits, *middlewares: Middleware) -> web.Application:

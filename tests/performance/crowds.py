@@ -160,6 +160,8 @@ async def _leave(url: str, size: int) -> int:
         nonlocal num_taken
         async with room:
             connection = await connect(url, request)
+            if chance.random() < 0.7:
+                await connection.answered
             await asyncio.sleep(chance.expovariate(8))
             num_taken += connection.status == 200
             assert connection.transport is not None

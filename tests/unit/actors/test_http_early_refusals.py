@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,9 +59,10 @@ def directory(tmp_path: Path) -> Path:
     return write_model(tmp_path, max_position_embeddings=4096)
 
 
-async def refused(harness: Harness, body: Any, **headers: str) -> tuple[str, str]:
+async def refused(harness: Harness, body: Any, *, key: str = "") -> tuple[str, str]:
     """Two headers of a refusal."""
-    async with harness.post(COMPLETIONS, body, raw=None, **headers) as response:
+    post = partial(harness.post, COMPLETIONS, body)
+    async with post(Idempotency_Key=key) if key else post() as response:
         assert response.status == 503
         error = (await response.json())["error"]
         assert (error["code"], error["message"]) == ("overloaded", FULL.message)
@@ -91,7 +93,7 @@ async def test_a_call_that_may_be_there_already_is_asked_for(
     monkeypatch.setattr("understudy.actors.http_early_refusals.HOLD_S", 1e6)
     async with serving(directory) as harness:
         body = {"prompt": "hello", "max_tokens": 3}
-        for count, headers in enumerate(({}, {"Idempotency_Key": "x"}), 1):
-            call = asyncio.ensure_future(refused(harness, body, **headers))
+        for count, key in enumerate(("", "x"), 1):
+            call = asyncio.ensure_future(refused(harness, body, key=key))
             harness.gateway.fail(await harness.submitted(count), FULL)
             await call
