@@ -42,8 +42,12 @@ class EarlyRefusals:
         """The supervisor has refused a call of so many bytes."""
         if len(self._refused) >= TENANTS_MAX and tenant not in self._refused:
             self._refused.clear()  # what is forgotten is asked for again
+        hold_s = HOLD_S
+        if error.retry_after_s is not None:
+            # Whoever comes back when told to, or somewhat sooner, is asked for.
+            hold_s = min(hold_s, error.retry_after_s / 2)
         self._refused[tenant] = _Refused(
-            priority, num_bytes, now + HOLD_S, error.message, error.retry_after_s
+            priority, num_bytes, now + hold_s, error.message, error.retry_after_s
         )
 
     def find(self, *, tenant: str, priority: int, num_bytes: int, now: float) -> Overloaded | None:

@@ -6,14 +6,14 @@ import json
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
-from tests.chaos.clients import Call, Outcome, compare, run_calls
+from tests.chaos.clients import Outcome, compare, run_calls
 from tests.chaos.workload import mixed_calls
 from tests.cluster import Cluster, run_understudy, running_cluster
 
@@ -70,9 +70,8 @@ class Beside:
 
     def __init__(self, stage: Stage, *, seed: int) -> None:
         self._stage = stage
-        self._calls: Sequence[Call] = mixed_calls(
-            GOLDEN_STREAMS, seed=seed, max_tokens=GOLDEN_TOKENS
-        )
+        mix = mixed_calls(GOLDEN_STREAMS, seed=seed, max_tokens=GOLDEN_TOKENS)
+        self._calls = [call._replace(key=stage.golden_key) for call in mix]
         self._golden = self._run()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._again_and_again)
@@ -93,7 +92,7 @@ class Beside:
         self._thread.join()
 
     def _run(self) -> list[Outcome]:
-        return run_calls(self._stage.base_url, self._calls, api_key=self._stage.golden_key)
+        return run_calls(self._stage.base_url, self._calls)
 
     def _again_and_again(self) -> None:
         while True:

@@ -216,21 +216,17 @@ def run_calls(
     fault: Callable[[Progress], None] | None = None,
     *,
     idempotency_key: str | None = None,
-    api_key: str | None = None,
 ) -> list[Outcome]:
     """Stream all calls at once, and let a fault happen beside them, in a thread of its own.
 
     Each call has an idempotency key of its own, unless one is given for all.
     """
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
     async def run() -> list[Outcome]:
         progress = Progress()
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=headers
-        ) as session:
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             clients = [
                 asyncio.ensure_future(
                     _one(session, base_url, call, idempotency_key or str(uuid.uuid4()), progress)

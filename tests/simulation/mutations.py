@@ -293,7 +293,7 @@ MUTATIONS: Final = (
     Mutation(
         "stop before the least number of tokens",
         "runtime/scheduling/sequence.py",
-        "num_tokens - self.num_prompt_tokens > self.params.min_tokens",
+        "num_tokens - self.num_prompt_tokens - len(self.params.echoed) > self.params.min_tokens",
         "num_tokens > self.num_prompt_tokens",
         "tests/unit/scheduling",
     ),

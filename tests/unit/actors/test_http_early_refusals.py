@@ -46,6 +46,14 @@ def test_who_may_still_find_a_place_is_asked_for() -> None:
     assert not is_refused(refusals, num_bytes=99)
 
 
+def test_who_comes_back_when_told_to_is_asked_for() -> None:
+    refusals = EarlyRefusals()
+    soon = Overloaded(FULL.message, retry_after_s=0.01)
+    refusals.note(soon, tenant="a", priority=0, num_bytes=100, now=0.0)
+    # The time that is told differs by a fifth to either side.
+    assert refusals.find(tenant="a", priority=0, num_bytes=100, now=0.008) is None
+
+
 def test_the_memory_is_bounded() -> None:
     refusals = EarlyRefusals()
     for number in range(TENANTS_MAX + 1):

@@ -53,4 +53,4 @@ def test_a_form_that_the_machine_has_no_kernels_for_is_left_out(
     quantization.main(["--model", str(draft_model_directory()), "--files", "1"])
     _, plain, narrow = capsys.readouterr().out.splitlines()
     assert plain.split()[:2] == ["float32", "float32"]
-    assert narrow.startswith("float32  int8     --kv-cache-dtype int8 is for")
+    assert narrow.startswith("float32  int8     --kv-cache-dtype int8 needs")
