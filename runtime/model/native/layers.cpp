@@ -1,11 +1,15 @@
 // All layers of a model, one after the other: what `transformer.py` says, in one call.
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "kernels.h"
 
 namespace {
+
+// Rows that an MLP computes at once: what is between its products is large, and stays in the cache.
+constexpr long MLP_ROWS = 224;
 
 // Rows of the embedding, widened.
 void embed(const Guessing& guessing, const int64_t* tokens, long rows, long width, float* hidden) {
@@ -44,7 +48,8 @@ class Pieces {
 extern "C" {
 
 // `hidden` [rows, width] becomes what the layers make of it. `memory`, aligned to 64 bytes, has room
-// for a row's numbers in each of the six forms below, times the rows rounded up to 16.
+// for a row's numbers in each of the six forms below, times the rows rounded up to 16; of the last two
+// for `MLP_ROWS` rows at most.
 void run_layers(float* hidden, const Layer* layers, long num_layers, const Heads* form,
                 const Rows* rows, const Spans* spans, float* memory) {
     const long count = rows->count;
@@ -54,8 +59,9 @@ void run_layers(float* hidden, const Layer* layers, long num_layers, const Heads
     float* delta = pieces.take(count * width);
     float* heads = pieces.take(count * layers[0].qkv.outputs);
     float* attended = pieces.take(count * layers[0].output.inputs);
-    float* gate_and_up = pieces.take(count * 2 * inner);
-    float* activated = pieces.take(count * inner);
+    const long most = std::min(MLP_ROWS, count);
+    float* gate_and_up = pieces.take(most * 2 * inner);
+    float* activated = pieces.take(most * inner);
     // Rows of padding attend to nothing.
     for (long i = rows->stored * layers[0].output.inputs; i < count * layers[0].output.inputs; i++)
         attended[i] = 0.0f;
@@ -69,9 +75,12 @@ void run_layers(float* hidden, const Layer* layers, long num_layers, const Heads
         attend(heads, attended, form, spans, &layer.cache);
         product(attended, layer.output.inputs, &layer.output, delta, count);
         add_and_normalise(hidden, delta, layer.mlp_norm, normed, count, width, epsilon);
-        product(normed, width, &layer.gate_up, gate_and_up, count);
-        silu_and_multiply(gate_and_up, activated, count, inner);
-        product(activated, inner, &layer.down, delta, count);
+        for (long row = 0; row < count; row += MLP_ROWS) {
+            const long some = std::min(MLP_ROWS, count - row);
+            product(normed + row * width, width, &layer.gate_up, gate_and_up, some);
+            silu_and_multiply(gate_and_up, activated, some, inner);
+            product(activated, inner, &layer.down, delta + row * width, some);
+        }
     }
     for (long i = 0; i < count * width; i++) hidden[i] += delta[i];
 }

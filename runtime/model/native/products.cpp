@@ -22,6 +22,8 @@ constexpr long PANEL = 32;
 constexpr long TILE_ROWS = 14;
 constexpr long CHUNK_ROWS = 16 * TILE_ROWS;  // rows that meet a panel while it is in the cache
 constexpr long BLOCK_TERMS = 512;            // terms of a sum before the next tile has its turn
+constexpr long GROUP_PANELS = 8;             // that a tile meets one after the other, at most,
+constexpr long GROUP_BYTES = 256 << 10;      // and what is read of them
 constexpr int AHEAD = 2048;                  // bytes; a panel's next ones are fetched early
 
 // One term of a panel's sums: two vectors.
@@ -175,16 +177,26 @@ void for_tiles(long rows, Tile tile) {
     }
 }
 
-// Shares panels, and of many rows chunks of them, among threads: `work(panel, first, rows)`.
+// Panels that are next to each other, and rows that meet them.
+struct Task {
+    long panel, panels, row, rows;
+};
+
+// Shares panels, and of many rows chunks of them, among threads. Of many rows, a few panels are taken
+// together: what a tile adds to a row of the result is then a piece of some length, and written
+// quickly. `panel_bytes` of each are read before the next tile has its turn.
 template <class Work>
-void for_panels(long rows, long outputs, Work work) {
+void for_tasks(long rows, long outputs, long panel_bytes, Work work) {
     const long panels = (outputs + PANEL - 1) / PANEL;
     const long chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    const long share = std::max(1L, panels * chunks / (8L * threads));
+    const long fitting = std::max(1L, std::min(GROUP_PANELS, GROUP_BYTES / panel_bytes));
+    const long group = rows > TILE_ROWS ? fitting : 1;
+    const long groups = (panels + group - 1) / group;
+    const long share = std::max(1L, groups * chunks / (8L * threads));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, share)
-    for (long task = 0; task < panels * chunks; task++) {
-        const long first = task % chunks * CHUNK_ROWS;
-        work(task / chunks, first, std::min(CHUNK_ROWS, rows - first));
+    for (long task = 0; task < groups * chunks; task++) {
+        const long panel = task / chunks * group, row = task % chunks * CHUNK_ROWS;
+        work(Task{panel, std::min(group, panels - panel), row, std::min(CHUNK_ROWS, rows - row)});
     }
 }
 
@@ -192,18 +204,22 @@ template <class Weight>
 void float_product(const float* x, long x_stride, const Matrix& weight, float* y, long rows) {
     const long inputs = weight.inputs, outputs = weight.outputs;
     const char* panels = static_cast<const char*>(weight.panels);
-    for_panels(rows, outputs, [&](long panel, long first, long count) {
-        const char* at = panels + panel * inputs * Weight::BYTES;
+    const long block_bytes = std::min(inputs, BLOCK_TERMS) * Weight::BYTES;
+    for_tasks(rows, outputs, block_bytes, [&](const Task& task) {
         for (long from = 0; from < inputs; from += BLOCK_TERMS) {
             const long to = std::min(inputs, from + BLOCK_TERMS);
-            for_tiles(count, [&](long offset, long tile_rows) {
-                const long row = first + offset, output = panel * PANEL;
-                const FloatTile tile{x + row * x_stride, x_stride, y + row * outputs + output,
-                                     outputs, weight.bias ? weight.bias + output : nullptr,
-                                     outputs - output};
-                with_rows(tile_rows, [&](auto constant) {
-                    multiply_tile<Weight, constant>(tile, at, from, to, to == inputs);
-                });
+            for_tiles(task.rows, [&](long offset, long tile_rows) {
+                const long row = task.row + offset;
+                for (long panel = task.panel; panel < task.panel + task.panels; panel++) {
+                    const long output = panel * PANEL;
+                    const FloatTile tile{x + row * x_stride, x_stride, y + row * outputs + output,
+                                         outputs, weight.bias ? weight.bias + output : nullptr,
+                                         outputs - output};
+                    const char* at = panels + panel * inputs * Weight::BYTES;
+                    with_rows(tile_rows, [&](auto constant) {
+                        multiply_tile<Weight, constant>(tile, at, from, to, to == inputs);
+                    });
+                }
             });
         }
     });
@@ -252,16 +268,19 @@ void integer_product(const float* x, long x_stride, const Matrix& weight, float*
 #pragma omp parallel for num_threads(threads) if (rows > 1 && rows * inputs > MANY_NUMBERS)
     for (long row = 0; row < rows; row++)
         quantize_row(x + row * x_stride, inputs, terms, levels + row * stride, row_scales[row]);
-    for_panels(rows, outputs, [&](long panel, long first, long count) {
-        for_tiles(count, [&](long offset, long tile_rows) {
-            const long row = first + offset, output = panel * PANEL;
-            const IntegerTile tile{levels + row * stride, stride, row_scales + row,
-                                   y + row * outputs + output, outputs, weight.start + output,
-                                   weight.scales + output,
-                                   weight.bias ? weight.bias + output : nullptr, outputs - output};
-            with_rows(tile_rows, [&](auto constant) {
-                multiply_integer_tile<constant>(tile, panels + panel * terms * PANEL, terms);
-            });
+    for_tasks(rows, outputs, terms * PANEL, [&](const Task& task) {
+        for_tiles(task.rows, [&](long offset, long tile_rows) {
+            const long row = task.row + offset;
+            for (long panel = task.panel; panel < task.panel + task.panels; panel++) {
+                const long output = panel * PANEL;
+                const IntegerTile tile{
+                    levels + row * stride, stride, row_scales + row, y + row * outputs + output,
+                    outputs, weight.start + output, weight.scales + output,
+                    weight.bias ? weight.bias + output : nullptr, outputs - output};
+                with_rows(tile_rows, [&](auto constant) {
+                    multiply_integer_tile<constant>(tile, panels + panel * terms * PANEL, terms);
+                });
+            }
         });
     });
 }
