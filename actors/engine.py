@@ -128,6 +128,8 @@ class Engine:
         self._clock = clock
         self._step = 0
         self._num_shed = 0
+        self._stepped_at: float | None = None
+        """When the last step ended, if the engine has had work since."""
         self._pause_until = float("-inf")
         self._phase = "idle"
         self._phase_since = clock.now()
@@ -178,7 +180,9 @@ class Engine:
             return
         self._end_late(now)
         plan = self._scheduler.schedule(self._drafts())
-        if plan is not None:
+        if plan is None:
+            self._stepped_at = None
+        else:
             self._report(self._run(plan))
 
     def heartbeat(self, now: float) -> Heartbeat:
@@ -209,7 +213,11 @@ class Engine:
             return NO_DRAFTS
         self._enter("draft")
         self._card.enter([sequence.request_id for sequence in running])
+        begun_at = self._clock.now()
         drafts = self._speculator.propose(running)
+        self._speculator.note_proposal(self._clock.now() - begun_at)
+        if self._stepped_at is not None:
+            self._speculator.note_between(begun_at - self._stepped_at)
         self._card.leave()
         self._enter("idle")
         return drafts
@@ -222,7 +230,8 @@ class Engine:
         try:
             draws = self._runner.execute(plan)
             if self._speculator is not None:
-                self._speculator.note(plan, draws, self._clock.now() - begun_at)
+                self._stepped_at = self._clock.now()
+                self._speculator.note(plan, draws, self._stepped_at - begun_at)
             rows = self._scheduler.update(plan, draws)
         except OutOfMemory:
             self._scheduler.shed(plan)

@@ -9,7 +9,7 @@ from typing import Final, Literal, NamedTuple, get_args
 Method = Literal["ngram", "draft_model"]
 
 DEPTH_MAX: Final = 16
-_DEPTH: Final = {"ngram": 7, "draft_model": 5}
+_DEPTH: Final = {"ngram": 7, "draft_model": 7}
 
 
 class SpeculativeConfig(NamedTuple):

@@ -14,7 +14,7 @@ from understudy.runtime.kit.clock import Clock
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence
-from understudy.runtime.scheduling.speculation import CostTable, DraftCosts
+from understudy.runtime.scheduling.speculation import CostTable
 
 _CONTEXT_TOKENS: Final = 48
 _TRIES: Final = 2
@@ -39,11 +39,11 @@ def profile_steps(runner: ModelRunner, clock: Clock) -> CostTable:
     return _profile(runner, clock, _SHAPES, runner.execute)
 
 
-def profile_drafts(runner: ModelRunner, clock: Clock) -> DraftCosts:
+def profile_drafts(runner: ModelRunner, clock: Clock) -> tuple[CostTable, CostTable]:
     """Measure the draft model, by drafts: their first token, and one more."""
     if not runner.guesses:
         step = _profile(runner, clock, _DRAFT_SHAPES, runner.execute)
-        return DraftCosts(step, step)
+        return step, step
 
     def guess(depth: int) -> CostTable:
         return _profile(
@@ -53,7 +53,7 @@ def profile_drafts(runner: ModelRunner, clock: Clock) -> DraftCosts:
     first, deep = guess(1), guess(1 + _MORE)
     counts = [shape.num_sequences for shape in _DRAFT_SHAPES]
     more = [(count, (deep.seconds(count) - first.seconds(count)) / _MORE) for count in counts]
-    return DraftCosts(first, CostTable(more))
+    return first, CostTable(more)
 
 
 def _profile(

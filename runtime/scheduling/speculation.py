@@ -26,9 +26,23 @@ from understudy.runtime.scheduling.decision import Draws, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
 
 _LEARNING_RATE: Final = 0.1
+_FIRST_RATE: Final = 0.5
+"""What is seen for the first time is learnt more of."""
 _FORGETTING_RATE: Final = 0.004
 """A request that is not guessed for drifts back to hope, so that it is tried again."""
 _HOPE: Final = 0.7
+
+
+_FADING: Final = 0.9995
+"""Of what is known of a step's shape, what is left after another step."""
+_SURPRISE_MAX: Final = 3.0
+_BETWEEN_S: Final = 0.001
+"""Between two steps nothing is surprising that is shorter."""
+
+
+def _calm(ratio: float) -> float:
+    """A surprise, as far as it is believed: what else the machine did is no property of a step."""
+    return min(max(ratio, 1 / _SURPRISE_MAX), _SURPRISE_MAX)
 
 
 class CostTable:
@@ -63,40 +77,82 @@ class CostTable:
 
 
 class StepCosts:
-    """What a step of the model costs, profiled at first, and then as it turns out."""
+    """What a step of the model costs, profiled at first, and then as it turns out.
+
+    Two things are learnt: the pace at which steps of so many sequences without drafts go, against
+    the profile, and what a shape with drafts costs more or less than that says. The latter fades
+    while nobody tries the shape: a time that was disturbed must not rule it out for ever.
+    """
 
     def __init__(self, profile: CostTable) -> None:
         self._profile = profile
-        self._seen: dict[tuple[int, int], float] = {}
+        self._paces: dict[int, float] = {}
+        self._extra: dict[tuple[int, int], tuple[float, int]] = {}
+        """By shape: its factor, and after how many steps it was seen last."""
+        self._num_noted = 0
+        self.between_s = 0.0
+        """What passes between two steps, on average: a step that is saved saves this as well."""
+
+    def note_between(self, seconds: float) -> None:
+        """So much time passed between two steps, their drafts left out."""
+        seconds = min(max(seconds, 0.0), _SURPRISE_MAX * self.between_s + _BETWEEN_S)
+        self.between_s += _LEARNING_RATE * (seconds - self.between_s)
 
     def note(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
         """A step in which everybody had caught up took so long."""
+        self._num_noted += 1
         shape = num_sequences, num_tokens
-        before = self._seen.get(shape, seconds)
-        self._seen[shape] = before + _LEARNING_RATE * (seconds - before)
+        is_plain = num_tokens == num_sequences
+        is_first = num_sequences not in self._paces if is_plain else shape not in self._extra
+        surprise = _calm(seconds / self.seconds(num_sequences, num_tokens))
+        lesson = 1 + (_FIRST_RATE if is_first else _LEARNING_RATE) * (surprise - 1)
+        if is_plain:
+            self._paces[num_sequences] = self._pace(num_sequences) * lesson
+        else:
+            self._extra[shape] = self._extra_of(shape) * lesson, self._num_noted
 
     def seconds(self, num_sequences: int, num_tokens: int) -> float:
         """The cost of a step with so many sequences and tokens, their drafts included."""
-        seen = self._seen.get((num_sequences, num_tokens))
-        if seen is not None:
-            return seen
-        # Never tried: as the profile says, but by the machine's pace of the moment.
-        plain = self._seen.get((num_sequences, num_sequences))
-        pace = 1.0 if plain is None else plain / self._profile.seconds(num_sequences)
-        return pace * self._profile.seconds(num_tokens)
+        extra = self._extra_of((num_sequences, num_tokens))
+        return extra * self._pace(num_sequences) * self._profile.seconds(num_tokens)
+
+    def _pace(self, num_sequences: int) -> float:
+        known = self._paces.get(num_sequences)
+        if known is None and self._paces:
+            known = self._paces[min(self._paces, key=lambda count: abs(count - num_sequences))]
+        return 1.0 if known is None else known
+
+    def _extra_of(self, shape: tuple[int, int]) -> float:
+        if shape not in self._extra:
+            return 1.0
+        factor, noted_at = self._extra[shape]
+        return 1.0 + (factor - 1.0) * _FADING ** (self._num_noted - noted_at)
 
 
-class DraftCosts(NamedTuple):
-    """What guessing costs, by the number of drafts."""
+class DraftCosts:
+    """What guessing costs, by the number of drafts: profiled at first, then as it turns out."""
 
-    first: CostTable
-    """The first token of each."""
-    next: CostTable
-    """One more token of each."""
+    def __init__(self, first: CostTable, more: CostTable) -> None:
+        """``first`` is of the first token of each draft, ``more`` of one more token of each."""
+        self._first = first
+        self._more = more
+        self._pace = 1.0
+
+    def note(self, num_drafts: int, depth: int, seconds: float) -> None:
+        """So many drafts of so many tokens took so long."""
+        surprise = _calm(seconds / self.seconds(num_drafts, depth))
+        self._pace *= 1 + _LEARNING_RATE * (surprise - 1)
+
+    def revive(self) -> None:
+        """Nobody was asked: drift back to what was profiled."""
+        self._pace **= 1.0 - _FORGETTING_RATE
 
     def seconds(self, num_drafts: int, depth: int) -> float:
         """The cost of so many drafts of so many tokens."""
-        return self.first.seconds(num_drafts) + (depth - 1) * self.next.seconds(num_drafts)
+        return self._pace * self._profiled(num_drafts, depth)
+
+    def _profiled(self, num_drafts: int, depth: int) -> float:
+        return self._first.seconds(num_drafts) + (depth - 1) * self._more.seconds(num_drafts)
 
 
 class Costs(NamedTuple):
@@ -186,9 +242,12 @@ class Speculator:
         self._asked = _Hopes(depth_max)
         self._looked_up: set[int] = set()
         """Whose last draft was found."""
+        self._was_asked = (0, 0)
+        """For how many drafts the drafter was last asked, and for how many tokens of each."""
 
     def propose(self, sequences: Sequence[EngineSequence]) -> dict[int, list[int]]:
         """Drafts for the running sequences that have caught up, by request id."""
+        self._was_asked = (0, 0)
         living = {sequence.request_id for sequence in sequences}
         self._found.keep(living)
         self._asked.keep(living)
@@ -211,13 +270,24 @@ class Speculator:
         depth, depth_of_others = self._depths(len(ready), list(found), others)
         drafts = {request_id: draft[:depth] for request_id, draft in found.items() if depth > 0}
         if self._drafter is not None and others and depth_of_others > 0:
-            drafts |= self._drafter.propose(
-                [
-                    (s, 0 if s.request_id in found else min(depth_of_others, room))
-                    for s, room in rooms
-                ]
-            )
+            wanted = [
+                (sequence, 0 if sequence.request_id in found else min(depth_of_others, room))
+                for sequence, room in rooms
+            ]
+            drafts |= self._drafter.propose(wanted)
+            self._was_asked = (len(others), depth_of_others)
         return drafts
+
+    def note_between(self, seconds: float) -> None:
+        """So much time passed between two steps, their drafts left out."""
+        if self._costs is not None:
+            self._costs.step.note_between(seconds)
+
+    def note_proposal(self, seconds: float) -> None:
+        """The last drafts took so long to make."""
+        num_drafts, depth = self._was_asked
+        if num_drafts and self._costs is not None and self._costs.draft is not None:
+            self._costs.draft.note(num_drafts, depth, seconds)
 
     def note(self, plan: StepPlan, draws: Draws, seconds: float) -> None:
         """A step was carried out: learn from it."""
@@ -261,6 +331,8 @@ class Speculator:
             if best_depth == 0:
                 for request_id in request_ids:
                     hopes.revive(request_id)
+                if draft is not None:
+                    draft.revive()
             work = best
             depths.append(best_depth)
         return depths[0], depths[1]
@@ -282,5 +354,6 @@ class Speculator:
     def _rate(self, num_sequences: int, work: _Work) -> float:
         """Tokens a second."""
         assert self._costs is not None
-        step_s = self._costs.step.seconds(num_sequences, work.num_tokens)
+        step = self._costs.step
+        step_s = step.between_s + step.seconds(num_sequences, work.num_tokens)
         return work.expected / (step_s + work.draft_s)

@@ -95,14 +95,44 @@ def test_more_tokens_never_cost_less(points: list[tuple[int, float]]) -> None:
     assert all(b >= a * (1 - 1e-9) for a, b in pairwise(seconds))
 
 
-def test_what_was_seen_counts_more_than_the_profile_and_sets_the_pace_of_the_rest() -> None:
+def test_what_is_seen_counts_more_than_the_profile_and_sets_the_pace_of_the_rest() -> None:
     costs = StepCosts(CostTable([(1, 0.1), (4, 0.2)]))
     assert costs.seconds(1, 4) == pytest.approx(0.2)
-    costs.note(1, 1, 0.3)
-    assert costs.seconds(1, 1) == pytest.approx(0.3)
-    assert costs.seconds(1, 4) == pytest.approx(0.6)
-    costs.note(1, 4, 0.25)
-    assert costs.seconds(1, 4) == pytest.approx(0.25)
+    for _ in range(200):
+        costs.note(1, 1, 0.3)
+    assert costs.seconds(1, 1) == pytest.approx(0.3, rel=0.01)
+    assert costs.seconds(1, 4) == pytest.approx(0.6, rel=0.01)
+    for _ in range(200):
+        costs.note(1, 4, 0.25)
+    assert costs.seconds(1, 4) == pytest.approx(0.25, rel=0.01)
+
+
+def test_a_disturbed_time_rules_nothing_out() -> None:
+    costs = StepCosts(CostTable([(1, 0.1), (8, 0.1)]))
+    costs.note(1, 8, 60.0)
+    assert costs.seconds(1, 8) < 0.25
+    for _ in range(3000):
+        costs.note(1, 1, 0.1)
+    assert costs.seconds(1, 8) == pytest.approx(0.1, rel=0.3)
+
+
+def test_the_drafter_is_timed_as_well() -> None:
+    table = CostTable([(1, 0.001)])
+    oracle = Oracle()
+    speculator = Speculator(
+        Finder(),
+        drafter=oracle,
+        depth_max=4,
+        costs=Costs(StepCosts(CostTable([(1, 0.01), (8, 0.01)])), DraftCosts(table, table)),
+    )
+    dear, cheap = [], []
+    for depths, seconds in ((dear, 1.0), (cheap, 1e-5)):
+        for _ in range(1000):
+            depths.append(play(speculator, make_sequence([1, 2]), accepted=4))
+            speculator.note_proposal(seconds)
+    assert dear[100:].count(0) > 800
+    # Who is not asked is not timed; the next try comes with hope.
+    assert cheap[-100:] == [4] * 100
 
 
 # How far to guess
