@@ -125,7 +125,8 @@ def test_the_drafter_is_timed_as_well() -> None:
         depth_max=4,
         costs=Costs(StepCosts(CostTable([(1, 0.01), (8, 0.01)])), DraftCosts(table, table)),
     )
-    dear, cheap = [], []
+    dear: list[int] = []
+    cheap: list[int] = []
     for depths, seconds in ((dear, 1.0), (cheap, 1e-5)):
         for _ in range(1000):
             depths.append(play(speculator, make_sequence([1, 2]), accepted=4))
