@@ -194,6 +194,7 @@ def test_an_engine_that_dies_too_often_stays_down_and_the_others_serve(cluster: 
     assert cluster.wait_for_end() == 1
 
 
+@pytest.mark.soak
 def test_engines_that_die_together_again_and_again_are_left_down_and_the_rest_serves() -> None:
     with running_cluster(engines=3) as cluster:
         for wave in range(3):

@@ -121,6 +121,7 @@ def test_an_only_engine_is_replaced_and_no_client_notices() -> None:
         assert running.problems == []
 
 
+@pytest.mark.soak
 def test_a_node_can_be_replaced_again_and_again_without_being_taken_for_broken(
     cluster: Cluster,
 ) -> None:

@@ -43,7 +43,7 @@ async def reset(cluster: Cluster) -> int:
         return response.status
 
 
-@pytest.mark.parametrize("flags", [(), (SPECULATION,)])
+@pytest.mark.parametrize("flags", [pytest.param((), marks=pytest.mark.soak), (SPECULATION,)])
 def test_a_prefix_is_computed_once_for_those_who_share_it(flags: tuple[str, ...]) -> None:
     with running_cluster(*flags, engines=1, engine="model") as cluster:
         first = complete(cluster)

@@ -20,6 +20,7 @@ SPILLED_MAX = 24
 """Bytes of a thread's stack."""
 
 
+@pytest.mark.soak
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT / "deploy" / "editable"), os.environ.get("PYTHONPATH", "")])
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
