@@ -31,8 +31,7 @@ _FIRST_RATE: Final = 0.5
 _FORGETTING_RATE: Final = 0.004
 """A request that is not guessed for drifts back to hope, so that it is tried again."""
 _HOPE: Final = 0.7
-
-
+_SECONDS_MIN: Final = 1e-9
 _FADING: Final = 0.9995
 """Of what is known of a step's shape, what is left after another step."""
 _SURPRISE_MAX: Final = 3.0
@@ -52,10 +51,11 @@ class CostTable:
         """``points`` are (tokens, seconds), at least one."""
         ordered = sorted(points)
         self._tokens = [tokens for tokens, _ in ordered]
-        # More tokens never cost less; where they seem to, the measurement was disturbed.
+        # More tokens never cost less, and none cost nothing; where they seem to, the measurement
+        # was disturbed.
         self._seconds: list[float] = []
         for _, seconds in ordered:
-            self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))
+            self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else _SECONDS_MIN))
 
     @property
     def points(self) -> list[tuple[int, float]]:

@@ -95,6 +95,16 @@ def test_more_tokens_never_cost_less(points: list[tuple[int, float]]) -> None:
     assert all(b >= a * (1 - 1e-9) for a, b in pairwise(seconds))
 
 
+def test_a_profile_that_found_nothing_to_cost_anything_is_learnt_over() -> None:
+    nothing = CostTable([(1, 0.0), (8, 0.0)])
+    step, draft = StepCosts(nothing), DraftCosts(nothing, nothing)
+    for _ in range(500):
+        step.note(1, 1, 0.01)
+        draft.note(1, 4, 0.01)
+    assert step.seconds(1, 1) == pytest.approx(0.01, rel=0.01)
+    assert draft.seconds(1, 4) == pytest.approx(0.01, rel=0.01)
+
+
 def test_what_is_seen_counts_more_than_the_profile_and_sets_the_pace_of_the_rest() -> None:
     costs = StepCosts(CostTable([(1, 0.1), (4, 0.2)]))
     assert costs.seconds(1, 4) == pytest.approx(0.2)
