@@ -13,19 +13,17 @@ import pytest
 import torch
 
 from tests.serving import Service, request_of, serve
+from tests.unit.model.speculators import speculator_of
 from understudy.protocol.openai.structured_output import json_grammar
 from understudy.protocol.request import FinishReason, Request, SamplingParams, Thinking
 from understudy.runtime.grammar_masks import GrammarMasks
 from understudy.runtime.grammars import Grammars, load_vocabulary
-from understudy.runtime.model.drafter import ModelDrafter
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.parsers.thinking import thinking_of
 from understudy.runtime.scheduling.decision import NoDraw, ScheduledSequence, StepPlan
-from understudy.runtime.scheduling.prompt_lookup import NgramDrafter
 from understudy.runtime.scheduling.sequence import Sequence
-from understudy.runtime.scheduling.speculation import Drafter, Speculator
 from understudy.runtime.tokenizer import Tokenizer
 from understudy.tools.demo.paths import demo_model_directory, draft_model_directory
 
@@ -178,36 +176,11 @@ def test_a_batch_with_small_chunks_and_preemptions_makes_the_same(
     assert all(served == truth.served[i % 100] for i, served in service.served.items())
 
 
-class Oracle:
-    """Guesses what will come, but for every third guess."""
-
-    def __init__(self, truth: Service) -> None:
-        self._truth = truth
-
-    def propose(self, wanted: Any) -> dict[int, list[int]]:
-        drafts = {}
-        for sequence, depth in wanted:
-            made = sequence.num_output_tokens
-            draft = self._truth.served[sequence.request_id].tokens[made : made + depth]
-            if made % 3 == 0 and draft:
-                draft[made % len(draft)] ^= 1
-            if draft:
-                drafts[sequence.request_id] = draft
-        return drafts
-
-
 @pytest.mark.parametrize("kind", ["lookup", "oracle", "both"])
 def test_speculation_makes_the_same(
     kind: str, truth: Service, masks: GrammarMasks, grammars: Grammars
 ) -> None:
-    lookup: Drafter = Oracle(truth) if kind == "oracle" else NgramDrafter()
-    drafter: Drafter | None = None
-    if kind == "both":
-        runner = ModelRunner(
-            model_at("draft"), num_blocks=256, block_size=8, grammar_masks=GrammarMasks(grammars)
-        )
-        drafter = ModelDrafter(runner, num_blocks=256, block_size=8)
-    speculator = Speculator(lookup, drafter=drafter, depth_max=4, costs=None)
+    speculator = speculator_of(kind, truth, model_at("draft"), grammars)
     service = serve(model_at("demo"), requests(), grammar_masks=masks, speculator=speculator)
     assert service.served == truth.served
     assert speculator.num_accepted_tokens > 0
