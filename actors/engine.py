@@ -249,7 +249,8 @@ class Engine:
         rows = [row for row in rows if self._is_wanted(row)]
         for row in rows:
             output = self._outputs[row.request_id]
-            output.logprobs.extend(row.logprobs)
+            if row.logprobs:
+                output.logprobs.extend(row.logprobs)
             if row.finish:
                 del self._outputs[row.request_id]
                 output.finish = row.finish

@@ -11,6 +11,7 @@ delivered already is cut to what is new, so a position is delivered once, whatev
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -39,7 +40,7 @@ from understudy.protocol.messages import (
     UsageReply,
     UsageRequest,
 )
-from understudy.protocol.request import Request, TokenRow, hastened
+from understudy.protocol.request import Request, TokenRow, hastened, joined
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 from understudy.runtime.kit.membership import Membership, MembershipChange
 
@@ -129,6 +130,8 @@ class Gateway:
         self._seekers: dict[Lookup | TimelineRequest, _Search] = {}
         self._usage_asked: dict[str, list[Callable[[UsageReply | None], None]]] = {}
         self._waiting: list[Callable[[bool], None]] = []
+        self._deliveries: list[Deliver] = []
+        """What this turn has brought so far."""
         self._hope_until: float | None = None
 
     def reset_prefix_cache(self) -> bool:
@@ -230,11 +233,13 @@ class Gateway:
 
     def handle(self, message: Message, sender: str, now: float) -> None:  # noqa: ARG002
         """Take in a message from the supervisor."""
-        self._change(self._membership.handle(message, now), now)
+        change = self._membership.handle(message, now)
+        if isinstance(message, Deliver):
+            self._deliveries.append(message)
+            return
+        self._deliver_all()
+        self._change(change, now)
         match message:
-            case Deliver(rows, engine):
-                for row in rows:
-                    self._deliver(row, engine)
             case Accepted(request_id):
                 self._unanswered.pop(request_id, None)
                 if request_id in self._open:
@@ -262,7 +267,8 @@ class Gateway:
         self._change(self._membership.leave(now), now)
 
     def decide(self, now: float) -> None:
-        """Keep the membership up, and fail what was never answered."""
+        """Pass on what came, keep the membership up, and fail what was never answered."""
+        self._deliver_all()
         self._change(self._membership.decide(now), now)
         if self._hope_until is None:
             self._hope_until = now + HOPE_S
@@ -336,6 +342,19 @@ class Gateway:
         if self._membership.is_open:
             self.outbox.send(SUPERVISOR, message)
 
+    def _deliver_all(self) -> None:
+        """Pass on what this turn has brought so far.
+
+        When this process falls behind, several messages wait for it. They are taken as one, so
+        that it then writes fewer chunks, of more tokens: the later it is, the faster it gets.
+        """
+        deliveries, self._deliveries = self._deliveries, []
+        if len(deliveries) > 1:
+            deliveries = _merged(deliveries)
+        for delivery in deliveries:
+            for row in delivery.rows:
+                self._deliver(row, delivery.engine)
+
     def _deliver(self, row: TokenRow, engine: str) -> None:
         opened = self._open.get(row.request_id)
         if opened is None:
@@ -369,3 +388,17 @@ class Gateway:
     def _forget(self, request_id: int) -> _OpenRequest | None:
         self._unanswered.pop(request_id, None)
         return self._open.pop(request_id, None)
+
+
+def _merged(deliveries: list[Deliver]) -> list[Deliver]:
+    """One message for each engine, in which each request has one row.
+
+    Unless a request has come from one engine and then from another: then they stay in order.
+    """
+    by_engine: defaultdict[str, list[TokenRow]] = defaultdict(list)
+    for delivery in deliveries:
+        by_engine[delivery.engine] += delivery.rows
+    told = [{row.request_id for row in rows} for rows in by_engine.values()]
+    if sum(map(len, told)) > len(set().union(*told)):
+        return deliveries
+    return [Deliver(tuple(joined(rows)), engine) for engine, rows in by_engine.items()]

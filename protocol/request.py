@@ -6,9 +6,10 @@ Holds no text: the gateway is the only place that knows what the tokens spell.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import chain
 from typing import Final, NamedTuple
 
 SEED_MASK: Final = (1 << 64) - 1
@@ -215,6 +216,44 @@ def portions(rows: Sequence[TokenRow], *, rows_max: int) -> Iterator[tuple[Token
         some.append(row)
     if some:
         yield tuple(some)
+
+
+def joined(rows: Iterable[TokenRow]) -> list[TokenRow]:
+    """What several steps brought, as if one had: a row for each request and attempt.
+
+    Rows that do not continue each other stay apart, and those of one request in their order.
+    """
+    stretches: list[list[TokenRow]] = []
+    latest: dict[int, list[TokenRow]] = {}
+    for row in rows:
+        stretch = latest.get(row.request_id)
+        if stretch is not None and _continues(stretch[-1], row):
+            stretch.append(row)
+        else:
+            latest[row.request_id] = stretch = [row]
+            stretches.append(stretch)
+    return [stretch[0] if len(stretch) == 1 else _join(stretch) for stretch in stretches]
+
+
+def _continues(row: TokenRow, following: TokenRow) -> bool:
+    end = row.position + len(row.tokens)
+    return following.position == end and following.attempt == row.attempt and not row.finish
+
+
+def _join(stretch: list[TokenRow]) -> TokenRow:
+    last = stretch[-1]
+    return TokenRow(
+        last.request_id,
+        last.attempt,
+        stretch[0].position,
+        tuple(chain.from_iterable([row.tokens for row in stretch])),
+        last.prefix_hash,
+        last.finish,
+        tuple(chain.from_iterable([row.logprobs for row in stretch])),
+        max(row.num_cached_tokens for row in stretch),
+        sum(row.num_draft_tokens for row in stretch),
+        last.vector,
+    )
 
 
 def extend_prefix_hash(prefix_hash: int, tokens: tuple[int, ...] | list[int]) -> int:

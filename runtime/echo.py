@@ -71,6 +71,8 @@ class EchoRunner:
     def _draw_along(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[SampledToken, ...]:
         params = sequence.params
         position = sequence.num_output_tokens - len(params.echoed)
+        if not draft and position >= 0 and params.thinking is None:
+            return (self._draw(params, position, None),)
         echoed = params.echoed[sequence.num_output_tokens :]
         thinking, thoughts = params.thinking, sequence.thoughts
         drawn: list[SampledToken] = []

@@ -1,7 +1,8 @@
 """The audience: which gateways listen to which requests, and what they are told.
 
-Rows are kept until the end of the turn and leave in one message for each step. Knows gateways by
-their identities only; whether they live is decided elsewhere.
+Rows are kept until the end of the turn and leave in one message for each engine, in which each
+request has one row however many steps brought it. Knows gateways by their identities only; whether
+they live is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Final
 
 from understudy.protocol.errors import RequestError
 from understudy.protocol.messages import Deliver, Failed
-from understudy.protocol.request import TokenRow, portions
+from understudy.protocol.request import TokenRow, joined, portions
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.kit.actor import Outbox
 
@@ -75,10 +76,10 @@ class Audience:
             self._deliveries[gateway, engine].append(row)
 
     def deliver(self) -> None:
-        """Tell the gateways what has come in since the last call: a message for each step."""
+        """Tell the gateways what has come in since the last call."""
         for (gateway, engine), rows in self._deliveries.items():
             for some in portions(rows, rows_max=DELIVER_ROWS_MAX):
-                self._outbox.send(gateway, Deliver(some, engine))
+                self._outbox.send(gateway, Deliver(tuple(joined(some)), engine))
         self._deliveries.clear()
 
     def catch_up(self, entry: Entry, position: int, gateway: str) -> None:

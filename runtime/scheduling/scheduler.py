@@ -61,6 +61,7 @@ NO_DRAFTS: Final[Mapping[int, Rows[int]]] = MappingProxyType({})
 FORCED_AHEAD_MAX: Final = 32
 """Tokens behind a sequence that are known before they are drawn, taken in one step: each of them
 takes a row of logits."""
+NOBODY_FORCED: Final[frozenset[int]] = frozenset()
 STEPS_BEFORE_WIDENING: Final = 8
 """Steps that must fit before the budget, once halved, is doubled again."""
 SHEDS_MAX: Final = 16
@@ -106,6 +107,8 @@ class Scheduler:
         # and puts to either end, and deletes by id, in constant time.
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._suspects: OrderedDict[int, Sequence] = OrderedDict()
+        self._forcing: set[int] = set()
+        """Request ids of sequences that may have to say something."""
         # Tokens of a step: what the configuration allows, less where a step did not fit.
         self._budget = config.max_num_batched_tokens
         self._steps_since_shed = 0
@@ -156,6 +159,8 @@ class Scheduler:
             return
         self._sequences[sequence.request_id] = sequence
         self._waiting[sequence.request_id] = sequence
+        if sequence.params.echoed or sequence.params.thinking is not None:
+            self._forcing.add(sequence.request_id)
 
     def add_suspect(self, sequence: Sequence) -> None:
         """Take in a sequence that may have killed an engine.
@@ -198,7 +203,7 @@ class Scheduler:
         if not self.has_work:
             return None
         scheduled: list[ScheduledSequence] = []
-        forced: frozenset[int] = frozenset()
+        forced = NOBODY_FORCED
         if self._suspects:
             preempted = self._run_suspect(scheduled)
         else:
@@ -336,6 +341,8 @@ class Scheduler:
         What a sequence has to say next is as good as a guess, and always comes true: gives the
         request ids for whom it was taken.
         """
+        if not drafts and not self._forcing:
+            return NOBODY_FORCED
         forced: set[int] = set()
         left = self._budget - sum(share.num_tokens for share in scheduled)
         for place, share in enumerate(scheduled):
@@ -343,7 +350,7 @@ class Scheduler:
                 continue
             sequence = share.sequence
             draft = tuple(drafts.get(sequence.request_id, ())[:left])
-            if sequence.params.echoed or sequence.params.thinking is not None:
+            if sequence.request_id in self._forcing:
                 room = min(left, sequence.num_tokens_max - sequence.num_tokens - 1)
                 ahead = sequence.forced_ahead(max(0, min(room, FORCED_AHEAD_MAX)))
                 if ahead:
@@ -429,6 +436,7 @@ class Scheduler:
         """Let a sequence go, and take its blocks back."""
         del self._sequences[sequence.request_id]
         self._suspects.pop(sequence.request_id, None)
+        self._forcing.discard(sequence.request_id)
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
             self._kv_cache_manager.free(sequence)

@@ -155,6 +155,37 @@ def test_tokens_reach_their_sink_in_order_and_the_end_comes_once(stage: Stage) -
     assert one.tokens == [5, 6, 7, 8]
 
 
+def test_who_falls_behind_passes_more_tokens_on_at_once(stage: Stage) -> None:
+    one, other = stage.submit_accepted(1), stage.submit_accepted(2)
+    stage.turn(
+        Deliver((row(1, 0, 5),), "engine-0"),
+        Deliver((row(2, 0, 50),), "engine-1"),
+        Deliver((row(1, 1, 6, 7),), "engine-0"),
+        Deliver((row(2, 1, 51),), "engine-1"),
+        Deliver((row(1, 3, 8, finish=FinishReason.STOP),), "engine-0"),
+    )
+    assert (one.tokens, one.finish, one.engines) == ([5, 6, 7, 8], FinishReason.STOP, ["engine-0"])
+    assert (other.tokens, other.finish, other.engines) == ([50, 51], 0, ["engine-1"])
+
+
+def test_what_came_from_one_engine_and_then_from_another_stays_in_order(stage: Stage) -> None:
+    one, other = stage.submit_accepted(1), stage.submit_accepted(2)
+    stage.turn(
+        Deliver((row(2, 0, 50),), "engine-1"),
+        Deliver((row(1, 0, 5),), "engine-0"),
+        Deliver((row(1, 1, 6), row(2, 1, 51)), "engine-1"),
+    )
+    assert (one.tokens, one.engines) == ([5, 6], ["engine-0", "engine-1"])
+    assert (other.tokens, other.engines) == ([50, 51], ["engine-1", "engine-1"])
+
+
+def test_tokens_come_before_what_was_said_after_them(stage: Stage) -> None:
+    listener = stage.submit_accepted(1)
+    stage.turn(Deliver((row(1, 0, 5),), "engine-0"), Failed(1, "x", "late"))
+    assert listener.tokens == [5]
+    assert listener.error is not None
+
+
 def test_an_end_without_a_token_is_an_end(stage: Stage) -> None:
     listener = stage.submit_accepted(1)
     stage.turn(Deliver((row(1, 0, finish=FinishReason.ERROR),)))

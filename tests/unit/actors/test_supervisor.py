@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from tests.unit.actors.supervisor_stage import (
     CREDIT,
     ENGINES,
@@ -60,7 +62,7 @@ def test_a_request_is_accepted_assigned_delivered_and_ends_once() -> None:
     assert [effect for effect in stage.effects if isinstance(effect, Send)] == []
 
 
-def test_rows_of_one_turn_make_one_message_for_each_gateway_and_engine() -> None:
+def test_steps_of_one_turn_make_one_message_for_each_gateway_and_engine() -> None:
     stage = stage_with(2, gateways=2)
     for number in (1, 2, 3):
         stage.hear(GATEWAY, Submit(request(number)))
@@ -71,7 +73,7 @@ def test_rows_of_one_turn_make_one_message_for_each_gateway_and_engine() -> None
     stage.hear(ENGINES[1], StepOutput(1, (row(2, 5), row(4, 5))))
     stage.turn(ENGINES[0], StepOutput(2, (row(1, 6, before=(5,)),)))
     assert stage.sent(GATEWAY, Deliver) == [
-        Deliver((row(1, 5), row(3, 5), row(1, 6, before=(5,))), "engine-0"),
+        Deliver((row(1, 5, 6), row(3, 5)), "engine-0"),
         Deliver((row(2, 5),), "engine-1"),
     ]
     assert stage.sent("gateway-1.1", Deliver) == [Deliver((row(4, 5),), "engine-1")]
@@ -91,8 +93,12 @@ def test_rows_that_pile_up_in_one_turn_still_fit_into_frames() -> None:
         stage.hear(ENGINES[0], StepOutput(first, tuple(rows[first : first + 256])))
     stage.decide()
     delivers = stage.sent(GATEWAY, Deliver)
-    assert [len(deliver.rows) for deliver in delivers] == [DELIVER_ROWS_MAX] * 3 + [1]
-    assert [row for deliver in delivers for row in deliver.rows] == rows
+    assert [len(deliver.rows) for deliver in delivers] == [1] * 4
+    parts = [deliver.rows[0] for deliver in delivers]
+    assert [len(part.tokens) for part in parts] == [DELIVER_ROWS_MAX] * 3 + [1]
+    assert list(chain.from_iterable(part.tokens for part in parts)) == list(range(len(rows)))
+    assert list(chain.from_iterable(part.logprobs for part in parts)) == list(logprobs * len(rows))
+    assert parts[-1] == rows[-1]
     assert 4 * len(encode(Envelope("supervisor", 1, 1, 1), delivers[0])) < FRAME_BYTES_MAX
 
 
