@@ -65,19 +65,20 @@ class Sink(Protocol):
 
 
 class _Listener:
-    """A sink, and the position that it must be told next."""
+    """A sink, and the position that it must be told next; while parked, it is told nothing."""
 
-    __slots__ = ("position", "sink")
+    __slots__ = ("is_parked", "position", "sink")
 
     def __init__(self, sink: Sink, position: int) -> None:
         self.sink = sink
         self.position = position
+        self.is_parked = False
 
     def deliver(self, row: TokenRow, engine: str) -> None:
         """Tell what is new of a row."""
         known = self.position - row.position
-        if known < 0 or known > len(row.tokens):
-            return  # this listener waits for an earlier row, which is on its way
+        if self.is_parked or known < 0 or known > len(row.tokens):
+            return  # this listener waits for an earlier row, which is on its way or kept for it
         if known:
             row = row._replace(
                 position=self.position, tokens=row.tokens[known:], logprobs=row.logprobs[known:]
@@ -216,6 +217,17 @@ class Gateway:
             tell(bool(self.cluster.engines_serving))
         else:
             self._waiting.append(tell)
+
+    def park(self, request_id: int, sink: Sink) -> None:
+        """Tell a sink nothing more for now. What it misses is kept by the supervisor."""
+        for listener in self._listeners(request_id, sink):
+            listener.is_parked = True
+
+    def unpark(self, request_id: int, sink: Sink) -> None:
+        """Tell a parked sink what it has missed, and go on."""
+        for listener in self._listeners(request_id, sink):
+            listener.is_parked = False
+            self._send(Attach(request_id, listener.position))
 
     def is_answered(self, request_id: int) -> bool:
         """Whether the supervisor has taken or refused a request that was submitted here."""
@@ -363,7 +375,9 @@ class Gateway:
         listeners = opened.listeners
         if row.finish:
             # Who has joined a moment ago still lacks what came before, which is on its way.
-            opened.listeners = [one for one in listeners if one.position < row.position]
+            opened.listeners = [
+                one for one in listeners if one.is_parked or one.position < row.position
+            ]
             if not opened.listeners:
                 self._forget(row.request_id)
         for listener in list(listeners):
@@ -374,6 +388,10 @@ class Gateway:
         if opened is not None:
             for listener in list(opened.listeners):
                 listener.sink.fail(error)
+
+    def _listeners(self, request_id: int, sink: Sink) -> list[_Listener]:
+        opened = self._open.get(request_id)
+        return [one for one in opened.listeners if one.sink is sink] if opened else []
 
     def _stop_listening(self, request_id: int, sink: Sink) -> bool:
         """Forget a sink; whether it was there."""

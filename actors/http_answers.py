@@ -18,12 +18,8 @@ import msgspec
 from aiohttp import web
 
 from understudy.actors.gateway import Sink
-from understudy.actors.http_choices import (
-    ChoiceOutput,
-    CollectedAnswer,
-    OpenRequests,
-    RequestPort,
-)
+from understudy.actors.http_choices import ChoiceOutput, OpenRequests, RequestPort
+from understudy.actors.http_collected import CollectedAnswer
 from understudy.actors.http_parsed_streams import ParsedChoice
 from understudy.actors.http_streams import EventStream
 from understudy.protocol.anthropic.events import MessageEncoder, message_object

@@ -1,12 +1,11 @@
 """The choices of one HTTP call: each is a request whose tokens become text here.
 
 Knows text and the gateway's core, not HTTP. How a call's choices reach its client is decided by
-``http_streams`` and, for answers in one piece, at the end of this module.
+``http_streams`` and, for answers in one piece, by ``http_collected``.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -15,8 +14,8 @@ from understudy.actors.http_containment import ContainedSink
 from understudy.actors.http_unattended import Unattended
 from understudy.protocol.errors import DeadlineExceeded, NotFound, RequestError
 from understudy.protocol.messages import ClusterState, Found, TimelineRequest, Timelines, UsageReply
-from understudy.protocol.openai.answer import Answer, finish_reason_or_error
-from understudy.protocol.openai.deltas import Delta, put_together
+from understudy.protocol.openai.answer import finish_reason_or_error
+from understudy.protocol.openai.deltas import Delta
 from understudy.protocol.openai.logprobs import TokenLogprob, behind_first, spell_logprobs
 from understudy.protocol.openai.presentation import Presentation
 from understudy.protocol.request import FinishReason, Request, TokenRow
@@ -52,6 +51,14 @@ class RequestPort(Protocol):
 
     def leave(self, request_id: int, sink: Sink) -> None:
         """Stop listening to a request, and let it go on."""
+        ...
+
+    def park(self, request_id: int, sink: Sink) -> None:
+        """Tell a sink nothing more for now."""
+        ...
+
+    def unpark(self, request_id: int, sink: Sink) -> None:
+        """Tell a parked sink what it has missed, and go on."""
         ...
 
     def is_answered(self, request_id: int) -> bool:
@@ -125,6 +132,20 @@ class OpenRequests:
         if closed is not None and not has_ended:
             self._port.cancel(request_id, closed.sink)
             self._wake()
+
+    def park_all(self) -> list[int]:
+        """Let those go on unheard whose end does not depend on their text; gives their ids."""
+        parked = [number for number, one in self._open.items() if not one.output.may_end_early]
+        for request_id in parked:
+            self._port.park(request_id, self._open[request_id].sink)
+        return parked
+
+    def unpark(self, request_ids: list[int]) -> None:
+        """Hear again of those that have not ended meanwhile."""
+        for request_id in request_ids:
+            if request_id in self._open:
+                self._port.unpark(request_id, self._open[request_id].sink)
+        self._wake()
 
     def cancel_all(self) -> None:
         """End what has not ended."""
@@ -397,95 +418,3 @@ class ChoiceOutput:
             self.error = outcome
         else:
             self.finish_reason = outcome
-
-
-class _CollectedChoice:
-    """The sink of a choice that is answered in one piece."""
-
-    def __init__(self, output: ChoiceOutput, text: str, collection: CollectedAnswer) -> None:
-        self.output = output
-        self._texts = [text]
-        self._tokens: list[int] = []
-        self._deltas: list[Delta] = []
-        self._collection = collection
-
-    def deliver(self, row: TokenRow, engine: str) -> None:  # noqa: ARG002
-        """See ``Sink``."""
-        self._tokens += row.tokens
-        self._texts.append(self.output.advance(row))
-        self._deltas += self.output.take_deltas()
-        if self.output.is_over:
-            self._collection.choice_over(self.output, has_ended=bool(row.finish))
-
-    def fail(self, error: RequestError) -> None:
-        """See ``Sink``."""
-        self.output.error = error
-        self._collection.choice_over(self.output, has_ended=True)
-
-    def answer(self) -> Answer:
-        """The complete choice."""
-        output = self.output
-        assert output.finish_reason is not None
-        text = "".join(self._texts)
-        if output.is_parsed:
-            text = put_together(self._deltas).content
-        return Answer(
-            index=output.index,
-            text=text,
-            num_tokens=max(0, output.num_tokens - len(output.request.params.echoed)),
-            finish_reason=output.finish_reason,
-            logprobs=output.told_logprobs(),
-            deltas=self._deltas,
-            num_reasoning_tokens=output.num_reasoning_tokens,
-            stop_string=output.stop_string,
-            request_id=output.request.request_id,
-            num_cached_tokens=output.num_cached_tokens,
-            token_ids=self._tokens[: output.num_tokens],
-        )
-
-
-class CollectedAnswer:
-    """A call that is answered in one piece, when all its choices are over."""
-
-    def __init__(self, requests: OpenRequests) -> None:
-        self._requests = requests
-        self._choices: list[_CollectedChoice] = []
-        self._num_open = 0
-        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def add(self, output: ChoiceOutput, text: str) -> Sink:
-        """Add a choice whose text begins with ``text``; give its sink."""
-        choice = _CollectedChoice(output, text, self)
-        self._choices.append(choice)
-        self._num_open += 1
-        return choice
-
-    def choice_over(self, output: ChoiceOutput, *, has_ended: bool) -> None:
-        """A choice has reached its end, or met a stop string before its request did."""
-        self._requests.close(output.request.request_id, has_ended=has_ended)
-        self._num_open -= 1
-        if self._over.done():
-            return
-        if output.error is not None:
-            self._over.set_exception(output.error)
-            self._requests.cancel_all()
-        elif self._num_open == 0:
-            self._over.set_result(None)
-
-    def raise_error(self) -> None:
-        """Raise what one of them could not go on for, if it is known already.
-
-        Raises:
-            RequestError: that.
-        """
-        if self._over.done():
-            self._over.result()
-
-    async def wait(self) -> list[Answer]:
-        """The choices in order.
-
-        Raises:
-            RequestError: one of them could not go on.
-        """
-        await self._over
-        return [choice.answer() for choice in self._choices]

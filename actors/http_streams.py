@@ -2,8 +2,9 @@
 
 As long as the client reads, a row becomes bytes on the transport within ``deliver``: no task is
 woken for it. When the client falls behind, its text is kept instead, as text, and goes out in
-one larger chunk once there is room; so a client that does not read costs a few bytes a token. It
-is given up when there was no room for ``write_timeout_s``::
+one larger chunk once there is room. A client that has not read for ``PARK_AFTER_S`` costs nothing
+more: its stream is parked, and what it missed is asked for when it reads again. It is given up when
+there was no room for ``write_timeout_s``::
 
     deliver ──▶ is_flowing? ── yes ──▶ transport.write          the path of nearly every token
                     │ no
@@ -34,9 +35,11 @@ from understudy.protocol.openai.answer import (
 from understudy.protocol.request import TokenRow
 from understudy.runtime.log import get_logger, where_it_failed
 
-HIGH_WATER_BYTES: Final = 32 << 10
+HIGH_WATER_BYTES: Final = 16 << 10
 """What waits here for a client to read, beside what the kernel has, before text is held."""
-LOW_WATER_BYTES: Final = 8 << 10
+LOW_WATER_BYTES: Final = 4 << 10
+PARK_AFTER_S: Final = 0.5
+"""For so long text is held for a client that does not read. Then it has to be asked for again."""
 
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 _HEADERS: Final = {
@@ -332,12 +335,28 @@ class EventStream:
         return True
 
     async def _wait_for_room(self) -> None:
+        """Wait for the client to read. If that takes a while, nothing is prepared meanwhile."""
+        # One task for both waits: a drain of aiohttp's that was cancelled cannot be repeated.
+        draining = asyncio.ensure_future(self._http_request.writer.drain())
         try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await self._http_request.writer.drain()
-        except TimeoutError:
-            # Closed the hard way: the kernel would go on to keep what the client does not read.
-            connection = self._transport.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-            self._transport.abort()
-            raise ConnectionResetError("the client does not read") from None
+            if await _is_done_within(draining, min(PARK_AFTER_S, self._write_timeout_s)):
+                return
+            parked = self._requests.park_all()
+            if await _is_done_within(draining, self._write_timeout_s - PARK_AFTER_S):
+                self._requests.unpark(parked)
+                return
+        finally:
+            draining.cancel()
+        # Closed the hard way: the kernel would go on to keep what the client does not read.
+        connection = self._transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self._transport.abort()
+        raise ConnectionResetError("the client does not read")
+
+
+async def _is_done_within(task: asyncio.Task[None], timeout_s: float) -> bool:
+    """Wait for a task, which goes on if that takes too long; raises what it raises."""
+    done, _ = await asyncio.wait([task], timeout=max(0.0, timeout_s))
+    for one in done:
+        one.result()
+    return bool(done)

@@ -82,6 +82,7 @@ class ScriptedGateway:
         cancelled: Request ids, in the order of their cancellation.
         used: What each tenant has used; to be set.
         left: Request ids, in the order in which clients left them to themselves.
+        parked: Sinks that are told nothing for now, and from which position on.
     """
 
     def __init__(self, script: Callable[[Request], Iterable[int]] | None = None) -> None:
@@ -91,6 +92,7 @@ class ScriptedGateway:
         self.submitted: list[Request] = []
         self.cancelled: list[int] = []
         self.left: list[int] = []
+        self.parked: dict[Sink, int] = {}
         self.used: dict[str, tuple[DayUsage, ...]] = {}
         self._script = script
         self._open: dict[int, _Scripted] = {}
@@ -182,6 +184,19 @@ class ScriptedGateway:
             scripted.sinks.remove(sink)
             self.left.append(request_id)
             self._changed.set()
+
+    def park(self, request_id: int, sink: Sink) -> None:
+        """See ``Gateway``."""
+        if request_id in self._open:
+            self.parked[sink] = len(self._open[request_id].tokens)
+            self._changed.set()
+
+    def unpark(self, request_id: int, sink: Sink) -> None:
+        """See ``Gateway``."""
+        if (position := self.parked.pop(sink, None)) is not None:
+            if request_id in self._open:
+                self._open[request_id].sinks.remove(sink)
+            self.attach(request_id, sink, position)
 
     def is_answered(self, request_id: int) -> bool:
         """See ``Gateway``."""
@@ -301,7 +316,8 @@ class ScriptedGateway:
             vector=vector,
         )
         for sink in list(scripted.sinks):
-            sink.deliver(row, engine)
+            if sink not in self.parked:
+                sink.deliver(row, engine)
 
     def fail(self, request: Request, error: RequestError) -> None:
         """End a request with an error."""

@@ -12,12 +12,13 @@ function or module is ever looked up by a name from the wire: the tag is looked 
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import msgpack  # type: ignore[import-untyped]
@@ -177,31 +178,72 @@ def _records_check(kind: type[tuple[Any, ...]]) -> Check:
     types that look the same on the wire, they are looked at column by column, which is one pass
     in C for each field. Whatever is unusual is looked at record by record.
     """
-    hints = _hints(kind)
-    wire_types = _wire_types(hints)
-    holds_integers = [typing.get_args(hint)[:1] == (int,) for hint in hints]
     check_one = _record_check(kind)
-    build = partial(tuple.__new__, kind)
-
-    def are_usual(values: tuple[Any, ...]) -> bool:
-        if set(map(type, values)) != {tuple} or set(map(len, values)) != {len(hints)}:
-            return False
-        columns = zip(zip(*values, strict=True), wire_types, holds_integers, strict=True)
-        for column, wire_type, are_integers in columns:
-            if set(map(type, column)) != {wire_type}:
-                return False
-            if wire_type is tuple:
-                inner = set(map(type, chain.from_iterable(column)))
-                if inner and not (are_integers and inner == {int}):
-                    return False
-        return True
+    check_column = _column_check(kind)
 
     def check(values: Any) -> tuple[Any, ...]:
         if type(values) is not tuple:
             raise TypeError("expected an array")
-        return tuple(map(build if are_usual(values) else check_one, values))
+        try:
+            return check_column(values) if values else values
+        except _UnusualError:
+            return tuple(map(check_one, values))
 
     return check
+
+
+class _UnusualError(Exception):
+    """Values that have to be looked at one by one."""
+
+
+def _column_check(hint: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Gives values, of which there is at least one, in their declared type.
+
+    Where nothing had to be built, it gives the same tuple. It raises ``_UnusualError`` where the
+    types on the wire are not exactly those that every value of the declared type has.
+    """
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and arguments[1:] == (Ellipsis,):
+        return partial(_check_arrays, _column_check(arguments[0]))
+    if typing.get_origin(hint) is tuple:
+        return partial(_check_records, [_column_check(one) for one in arguments], tuple)
+    if isinstance(hint, type) and issubclass(hint, tuple):
+        build = partial(tuple.__new__, hint)
+        return partial(_check_records, [_column_check(one) for one in _hints(hint)], build)
+    return partial(_check_types, _WIRE_TYPES.get(hint))
+
+
+def _check_types(kind: type | None, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if set(map(type, values)) != {kind}:
+        raise _UnusualError
+    return values
+
+
+def _check_arrays(
+    check_inner: Callable[[tuple[Any, ...]], tuple[Any, ...]], values: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    _check_types(tuple, values)
+    flat = tuple(chain.from_iterable(values))
+    built = check_inner(flat) if flat else flat
+    if built is flat:
+        return values
+    rest = iter(built)
+    return tuple([tuple(islice(rest, length)) for length in map(len, values)])
+
+
+def _check_records(
+    checks: list[Callable[[tuple[Any, ...]], tuple[Any, ...]]],
+    build: Callable[[tuple[Any, ...]], tuple[Any, ...]],
+    values: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    _check_types(tuple, values)
+    if set(map(len, values)) != {len(checks)}:
+        raise _UnusualError
+    columns = tuple(zip(*values, strict=True))
+    built = [check(column) for check, column in zip(checks, columns, strict=True)]
+    if all(map(operator.is_, built, columns)):
+        return values if build is tuple else tuple(map(build, values))
+    return tuple(map(build, zip(*built, strict=True)))
 
 
 def _check_for(hint: Any) -> Check:

@@ -14,7 +14,7 @@ from typing import Final
 from understudy.protocol.errors import ConfigurationError
 
 BACKLOG: Final = 1024
-SEND_BUFFER_BYTES: Final = 64 << 10
+SEND_BUFFER_BYTES: Final = 16 << 10
 """The kernel's share of what a client may leave unread; Linux doubles it."""
 
 _FIRST_PASSED: Final = 3

@@ -43,7 +43,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         if not self._reads:
-            self.transport.pause_reading()
+            # Not at once: uvloop begins to read only after this, and would undo it.
+            asyncio.get_running_loop().call_soon(self.transport.pause_reading)
             connection = self.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.sent_at = time.monotonic()

@@ -40,7 +40,7 @@ from tests.performance.connections import (
 
 READERS: Final = 50
 MIB: Final = 1 << 20
-FILL_S: Final = 25.0
+FILL_S: Final = 14.0
 """In so long what the kernel keeps for a client is full, and in twice that nobody is given up."""
 AT_ONCE: Final = 200
 """Connections that are opened or left at the same time."""
@@ -78,15 +78,17 @@ async def _read_beside(cluster: Cluster, size: int) -> tuple[float, float, int]:
     before = await asyncio.to_thread(resident_bytes, cluster)
     silent = [await connect(url, long, reads=False) for _ in range(size)]
     await asyncio.sleep(FILL_S)
+    assert not any(one.closed.done() for one in silent), "somebody was given up too soon"
     beside = await _inter_token_s(url)
     grown = await asyncio.to_thread(resident_bytes, cluster) - before
+    assert not any(one.status for one in silent), "somebody has read"
     await close_all(silent)
     return alone, beside, grown
 
 
 async def _inter_token_s(url: str) -> float:
     """The p99 of the time between two reads of those who read."""
-    request = completion(prompt="hello", max_tokens=150)
+    request = completion(prompt="hello", max_tokens=120)
     readers = [await connect(url, request, keeps_times=True) for _ in range(READERS)]
     async with asyncio.timeout(120):
         await asyncio.gather(*(reader.closed for reader in readers))

@@ -335,6 +335,47 @@ def test_with_the_next_session_the_open_requests_go_on(
     assert isinstance(unanswered.error, InternalError)
 
 
+def test_a_parked_listener_is_told_nothing_until_it_asks_for_what_it_missed(stage: Stage) -> None:
+    slow, quick = stage.submit_accepted(1), Listener()
+    stage.gateway.attach(1, quick, 0)
+    stage.turn(Deliver((row(1, 0, 5),)))
+    stage.gateway.park(1, slow)
+    stage.turn(Deliver((row(1, 1, 6),)), Deliver((row(1, 2, 7, finish=FinishReason.STOP),)))
+    assert (slow.tokens, slow.finish) == ([5], 0)
+    assert (quick.tokens, quick.finish) == ([5, 6, 7], FinishReason.STOP)
+    stage.gateway.unpark(1, slow)
+    assert stage.said() == [Attach(1, 1)]
+    stage.turn(Deliver((row(1, 1, 6, 7, finish=FinishReason.STOP),)))
+    assert (slow.tokens, slow.finish) == ([5, 6, 7], FinishReason.STOP)
+    assert stage.gateway.num_open == 0
+
+
+def test_what_a_parked_listener_missed_is_not_lost_with_the_session(stage: Stage) -> None:
+    listener = stage.submit_accepted(1)
+    stage.turn(Deliver((row(1, 0, 5),)))
+    stage.gateway.park(1, listener)
+    stage.turn(Deliver((row(1, 1, 6),)))
+    stage.turn(Fenced(5))
+    assert Reclaim((HeldRequest(1, 1),)) in stage.said(Welcome(6))
+    stage.turn(Deliver((row(1, 1, 6, 7),)))
+    assert listener.tokens == [5]
+    stage.gateway.unpark(1, listener)
+    stage.turn(Deliver((row(1, 1, 6, 7, 8),)))
+    assert listener.tokens == [5, 6, 7, 8]
+
+
+def test_a_parked_listener_may_leave_or_hear_of_a_failure(stage: Stage) -> None:
+    gone, failed = stage.submit_accepted(1), stage.submit_accepted(2)
+    stage.gateway.park(1, gone)
+    stage.gateway.park(2, failed)
+    stage.gateway.cancel(1, gone)
+    assert Cancel(1) in stage.said(Failed(2, "x", "late"))
+    assert failed.error is not None
+    for listener in (gone, failed):
+        stage.gateway.unpark(1, listener)
+    assert stage.said() == []
+
+
 def test_a_request_may_have_several_listeners_each_from_its_own_position(stage: Stage) -> None:
     first = stage.submit_accepted(1)
     stage.turn(Deliver((row(1, 0, 5, 6),)))

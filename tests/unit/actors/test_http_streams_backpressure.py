@@ -14,7 +14,8 @@ import uvloop
 from tests.http_harness import Harness, serving
 from tests.tiny_models import write_model
 from understudy.actors.http_answers import HttpLimits
-from understudy.protocol.request import Request
+from understudy.actors.http_streams import PARK_AFTER_S
+from understudy.protocol.request import FinishReason, Request
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 NUM_MANY = 20_000
@@ -70,7 +71,7 @@ MANY_BODY = b'{"prompt": [70], "stream": true, "max_tokens": %d, "ignore_eos": t
 def test_a_token_may_come_just_after_its_client_has_gone(loop: str, tmp_path: Path) -> None:
     async def main() -> None:
         directory = write_model(tmp_path, max_position_embeddings=1 << 16)
-        async with serving(directory) as harness:
+        async with serving(directory, limits=HttpLimits(shutdown_timeout_s=0.1)) as harness:
             body = {"prompt": [70], "stream": True, "max_tokens": 9}
             async with harness.post("/v1/completions", body) as response:
                 request = await harness.submitted()
@@ -142,6 +143,43 @@ def test_a_client_that_does_not_read_is_given_up(loop: str, tmp_path: Path) -> N
             with pytest.raises(ConnectionResetError):
                 await client.read_all()
             client.close()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("has_stop", [False, True], ids=["parked", "watched for a stop string"])
+def test_for_a_client_that_does_not_read_nothing_is_prepared_until_it_does(
+    loop: str, has_stop: bool, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        directory = write_model(tmp_path, max_position_embeddings=1 << 16)
+        async with serving(directory) as harness:
+            client = SlowClient(harness)
+            fields: dict[str, object] = {"prompt": [70], "stream": True, "max_tokens": NUM_MANY}
+            if has_stop:
+                fields["stop"] = "never said"
+            await client.post(msgspec.json.encode(fields | {"ignore_eos": True}))
+            request = await harness.submitted()
+            gateway, tokens = harness.gateway, many(request)
+            deadline = asyncio.get_running_loop().time() + 3 * PARK_AFTER_S
+            told = 0
+            while not gateway.parked and asyncio.get_running_loop().time() < deadline:
+                part = tokens[told : min(told + 50, NUM_MANY // 2)]
+                if part:
+                    gateway.deliver(request, *part)
+                told += len(part)
+                await asyncio.sleep(0.001)  # the client's buffers are filled meanwhile
+            assert [*gateway.parked.values()] == ([] if has_stop else [told])
+            gateway.deliver(request, *tokens[told:], finish=FinishReason.LENGTH)
+            raw = await client.read_all()
+            client.close()
+            data = [line for line in unchunked(raw).split(b"\n") if line.startswith(b"data: {")]
+            texts = [msgspec.json.decode(line[6:])["choices"][0]["text"] for line in data]
+            assert "".join(texts) == harness.served.tokenizer.decode(tokens)
+            assert raw.count(b'"finish_reason":"length"') == 1
+            assert not gateway.parked
 
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(main())
