@@ -7,6 +7,7 @@ good order; the exit status is 0, or what the command line's table of statuses s
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -94,6 +95,7 @@ def run_engine(config: EngineConfig) -> int:
     loop = StepLoop(driver, mailbox, engine)
     for number in _STOP_SIGNALS:
         signal.signal(number, lambda *_: loop.stop())
+    _settle()
     get_logger().info("engine is up", name=config.name, pid=os.getpid())
     reason = "told to stop"
     try:
@@ -148,6 +150,7 @@ async def _serve_supervisor(config: SupervisorConfig) -> int:
         raise ConfigurationError(f"{config.run_dir}: no socket can be bound: {error}") from error
     sessions = SessionTable(SUPERVISOR, fences=True)
     loop = ActorLoop(Driver(supervisor, sessions, clock), mailbox)
+    _settle()
     get_logger().info("supervisor is up", run_dir=str(config.run_dir), pid=os.getpid())
     await _until_stopped(loop)
     loop.stop()
@@ -205,6 +208,7 @@ async def _serve_gateway(config: GatewayConfig, listen_fd: int | None) -> int:
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
     admin = await serve_admin(gateway, loop.wake, admin_socket(config.run_dir, config.name))
+    _settle()
     get_logger().info("gateway is up", address=address, pid=os.getpid())
     await stopped
     await admin.cleanup()
@@ -256,6 +260,14 @@ def _make_engine(config: EngineConfig, identity: str, clock: MonotonicClock) -> 
         card=FileStepCard(card_path(config.run_dir, config.name), identity),
         clock=clock,
     )
+
+
+def _settle() -> None:
+    """What there is by now lasts as long as the process: look for no garbage in it again.
+
+    Full collections of it took 25 to 115 ms, in which no token moved.
+    """
+    gc.freeze()
 
 
 def _tell_dropped(sessions: SessionTable, mailbox: Mailbox) -> None:
