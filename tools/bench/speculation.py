@@ -2,35 +2,39 @@
 
 The same requests on the same machine, in turns: without drafts, with what stood there before looked
 up, and with the bundled draft model besides, its drafts as long as pays or always of one length.
-Prompts are pieces of Python sources that the bundled models were not trained on. Each number of
-streams is a closed loop; answers are greedy, and all ways have to give the same.
+All servers are up at once and are asked one after another, so that a machine whose pace changes
+from minute to minute does as much to each of them. Prompts are pieces of Python sources that the
+bundled models were not trained on, each asked once, for an answer that was given before would be
+looked up. Each number of streams is a closed loop; answers are greedy, and all ways have to give
+the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import aiohttp
 
 from understudy.tools.bench.client import Target
 from understudy.tools.bench.machine import machine
 from understudy.tools.bench.report import render_table
-from understudy.tools.bench.servers import ServerFailed, cluster
+from understudy.tools.bench.servers import Server, ServerFailed, cluster
 from understudy.tools.demo.corpus import read_corpus
 from understudy.tools.demo.paths import draft_model_directory
 
 MODEL: Final = "understudy-demo"
 STREAMS: Final = (1, 2, 4, 8, 16, 32)
-REQUESTS_EACH: Final = 24
+REQUESTS_EACH: Final = 16
 """At each number of streams; twice as many as there are streams, if that is more."""
 PROMPT_CHARACTERS: Final = 500
 OUTPUT_TOKENS: Final = 128
@@ -54,19 +58,13 @@ def ways(draft: Path) -> list[Way]:
     return [Way("off", None), Way("lookup", {"method": "ngram"}), Way(ADAPTIVE, model), *fixed]
 
 
-def prompts(count: int) -> list[str]:
-    """Pieces from the middle of sources that no model was trained on."""
+def prompts() -> Iterator[str]:
+    """Pieces of sources that no model was trained on; two overlap by half at most."""
     held_out = [file.text for file in read_corpus().held_out]
-    pieces = (
-        text[start : start + PROMPT_CHARACTERS]
-        for part in (2, 3, 4, 5, 6)
-        for text in held_out
-        if len(text) > 4 * PROMPT_CHARACTERS
-        for start in [len(text) // part]
-    )
-    found = list(itertools.islice(pieces, count))
-    assert len(found) == count, "the standard library has too few held-out sources"
-    return found
+    for offset in range(0, max(map(len, held_out)), PROMPT_CHARACTERS // 2):
+        for text in held_out:
+            if offset + PROMPT_CHARACTERS < len(text):
+                yield text[offset : offset + PROMPT_CHARACTERS]
 
 
 class Measured(NamedTuple):
@@ -112,31 +110,51 @@ async def measure(target: Target, texts: Sequence[str], streams: int) -> Measure
     return Measured(num_tokens / passed, [answers[number] for number in sorted(answers)])
 
 
-def run_round(
-    chosen: Sequence[Way], streams: Iterable[int], flags: Sequence[str]
-) -> dict[str, dict[int, float]]:
-    """Output tokens a second, by way and number of streams.
+Round: TypeAlias = dict[str, dict[int, float]]
+"""Output tokens a second, by way and number of streams."""
+
+
+def run_rounds(
+    chosen: Sequence[Way], streams: Sequence[int], flags: Sequence[str], num_rounds: int
+) -> list[Round]:
+    """Measure every way in turns, so many times.
 
     Raises:
         ServerFailed: a server did not come up, a request failed, or two ways told two texts.
     """
-    rates: dict[str, dict[int, float]] = {way.name: {} for way in chosen}
-    told: dict[int, list[str]] = {}
-    for way in chosen:
-        print(way.name, file=sys.stderr)
-        speculation = () if way.config is None else ("--speculative-config", json.dumps(way.config))
-        with cluster(way.name, num_engines=1, flags=(*flags, *speculation)) as server:
-            asyncio.run(measure(server.target, prompts(4), 2))
+    rounds: list[Round] = []
+    pieces = prompts()
+    with contextlib.ExitStack() as running:
+        servers = {way.name: running.enter_context(_server(way, flags)) for way in chosen}
+        warm_up = list(itertools.islice(pieces, 4))
+        for server in servers.values():
+            asyncio.run(measure(server.target, warm_up, 2))
+        for number in range(num_rounds):
+            rates: Round = {way.name: {} for way in chosen}
             for count in streams:
-                texts = prompts(max(REQUESTS_EACH, 2 * count))
-                measured = asyncio.run(measure(server.target, texts, count))
-                rates[way.name][count] = measured.tokens_per_s
-                if told.setdefault(count, measured.texts) != measured.texts:
-                    raise ServerFailed(f"{way.name} with {count} streams told another text")
-    return rates
+                print(f"round {number + 1}: {count} streams", file=sys.stderr)
+                texts = list(itertools.islice(pieces, max(REQUESTS_EACH, 2 * count)))
+                if len(texts) < REQUESTS_EACH:
+                    raise ServerFailed("the standard library has too few held-out sources")
+                told = {}
+                for name in itertools.islice(
+                    itertools.cycle(servers), number, number + len(servers)
+                ):
+                    measured = asyncio.run(measure(servers[name].target, texts, count))
+                    rates[name][count] = measured.tokens_per_s
+                    told[name] = measured.texts
+                if any(texts != told["off"] for texts in told.values()):
+                    raise ServerFailed(f"not all told the same text with {count} streams")
+            rounds.append(rates)
+    return rounds
 
 
-def summarise(rounds: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, dict[int, float]]:
+def _server(way: Way, flags: Sequence[str]) -> contextlib.AbstractContextManager[Server]:
+    speculation = () if way.config is None else ("--speculative-config", json.dumps(way.config))
+    return cluster(way.name, num_engines=1, flags=(*flags, *speculation))
+
+
+def summarise(rounds: Sequence[Round]) -> Round:
     """Medians over the rounds."""
     return {
         name: {
@@ -147,10 +165,17 @@ def summarise(rounds: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, 
     }
 
 
-def shortfall(medians: Mapping[str, Mapping[int, float]], streams: int) -> float:
-    """By how much the adaptive depth is slower than the best of off and the fixed ones."""
-    others = (rates for name, rates in medians.items() if name not in {ADAPTIVE, "lookup"})
-    return 1 - medians[ADAPTIVE][streams] / max(rates[streams] for rates in others)
+def shortfall(rounds: Sequence[Round], streams: int) -> float:
+    """By how much the adaptive depth is slower than the best of off and the fixed ones.
+
+    For each of them the median over the rounds of the ratio within a round.
+    """
+    others = [name for name in rounds[0] if name not in {ADAPTIVE, "lookup"}]
+    ratios = [
+        statistics.median(each[ADAPTIVE][streams] / each[name][streams] for each in rounds)
+        for name in others
+    ]
+    return 1 - min(ratios)
 
 
 def main() -> int:
@@ -165,7 +190,7 @@ def main() -> int:
     chosen = ways(arguments.draft)
     flags = (f"--threads={arguments.threads}",)
     try:
-        rounds = [run_round(chosen, arguments.streams, flags) for _ in range(arguments.rounds)]
+        rounds = run_rounds(chosen, arguments.streams, flags, arguments.rounds)
     except ServerFailed as error:
         print(error, file=sys.stderr)
         return 1
@@ -175,7 +200,7 @@ def main() -> int:
             str(count),
             *(f"{rates[count]:.0f}" for rates in medians.values()),
             f"{medians[ADAPTIVE][count] / medians['off'][count]:.2f}",
-            f"{shortfall(medians, count):.1%}",
+            f"{shortfall(rounds, count):.1%}",
         ]
         for count in arguments.streams
     ]

@@ -15,9 +15,9 @@ from understudy.tools.demo.corpus import read_corpus
 
 
 def test_prompts_are_pieces_of_what_was_held_out() -> None:
-    pieces = prompts(64)
+    pieces = list(prompts())
     held_out = [file.text for file in read_corpus().held_out]
-    assert len(set(pieces)) == 64
+    assert len(set(pieces)) == len(pieces) > 500
     assert all(len(piece) == PROMPT_CHARACTERS for piece in pieces)
     assert all(any(piece in text for text in held_out) for piece in pieces)
 
@@ -42,4 +42,4 @@ def test_the_adaptive_depth_is_held_against_the_best_of_off_and_fixed_ones() -> 
     ]
     medians = summarise(rounds)
     assert medians["off"] == {1: 102.0}
-    assert shortfall(medians, 1) == pytest.approx(0.05)
+    assert shortfall(rounds, 1) == pytest.approx(0.05)
