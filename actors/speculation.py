@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.config import EngineConfig
@@ -26,11 +27,14 @@ from understudy.runtime.scheduling.speculation import (
     Costs,
     CostTable,
     DraftCosts,
-    Drafter,
+    SlowDrafter,
     Speculator,
     StepCosts,
 )
 from understudy.runtime.speculative_config import parse_speculative_config
+
+_TABLES: Final = "3"
+"""Which tables are measured; another number when others are."""
 
 
 def load_speculator(
@@ -54,9 +58,9 @@ def load_speculator(
     if config.speculative_config is None:
         return None
     chosen = parse_speculative_config(config.speculative_config)
-    drafter: Drafter | None = None
+    drafter: SlowDrafter | None = None
     measured: list[Callable[[], tuple[CostTable, ...]]] = [lambda: (profile_steps(runner, clock),)]
-    name = [numerics, processor_name(), str(config.block_size)]
+    name = [_TABLES, numerics, processor_name(), str(config.block_size)]
     if chosen.model is not None:
         _check_same_tokens(config.model, chosen.model)
         draft_runner = _draft_runner(config, chosen.model, model, runner, grammars)

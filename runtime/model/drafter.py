@@ -27,7 +27,7 @@ _CATCH_UP_TOKENS_MAX: Final = 512
 
 
 class ModelDrafter:
-    """Guesses with a model; see ``Drafter``."""
+    """Guesses with a model; see ``SlowDrafter``."""
 
     def __init__(self, runner: ModelRunner, *, num_blocks: int, block_size: int) -> None:
         self._runner = runner
@@ -35,6 +35,12 @@ class ModelDrafter:
             num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=False
         )
         self._mirrors: dict[int, EngineSequence] = {}
+
+    def num_unread(self, sequence: EngineSequence) -> int:
+        """See ``SlowDrafter``."""
+        mirror = self._mirrors.get(sequence.request_id)
+        num_read = 0 if mirror is None else mirror.num_computed_tokens
+        return max(sequence.num_tokens - 1 - num_read, 0)
 
     def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
         """Guess, token by token, for all sequences at once."""

@@ -19,7 +19,7 @@ second; 0, if guessing does not pay.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from understudy.runtime.scheduling.decision import Draws, StepPlan
@@ -79,14 +79,17 @@ class CostTable:
 class StepCosts:
     """What a step of the model costs, profiled at first, and then as it turns out.
 
-    Two things are learnt: the pace at which steps of so many sequences without drafts go, against
-    the profile, and what a shape with drafts costs more or less than that says. The latter fades
-    while nobody tries the shape: a time that was disturbed must not rule it out for ever.
+    A step without drafts costs what such steps of so many sequences cost lately; drafts cost what
+    so many more tokens do in the profile, times what that turned out to be wrong by for this shape.
+    The latter fades while nobody tries the shape: a time that was disturbed must not rule it out
+    for ever.
     """
 
     def __init__(self, profile: CostTable) -> None:
+        """``profile`` is by tokens; what it says of a single one does not matter for long."""
         self._profile = profile
-        self._paces: dict[int, float] = {}
+        self._plain_s: dict[int, float] = {}
+        """Seconds of a step without drafts, by the number of sequences."""
         self._extra: dict[tuple[int, int], tuple[float, int]] = {}
         """By shape: its factor, and after how many steps it was seen last."""
         self._num_noted = 0
@@ -103,24 +106,31 @@ class StepCosts:
         self._num_noted += 1
         shape = num_sequences, num_tokens
         is_plain = num_tokens == num_sequences
-        is_first = num_sequences not in self._paces if is_plain else shape not in self._extra
+        is_first = num_sequences not in self._plain_s if is_plain else shape not in self._extra
         surprise = _calm(seconds / self.seconds(num_sequences, num_tokens))
         lesson = 1 + (_FIRST_RATE if is_first else _LEARNING_RATE) * (surprise - 1)
         if is_plain:
-            self._paces[num_sequences] = self._pace(num_sequences) * lesson
+            self._plain_s[num_sequences] = self._plain(num_sequences) * lesson
         else:
             self._extra[shape] = self._extra_of(shape) * lesson, self._num_noted
 
     def seconds(self, num_sequences: int, num_tokens: int) -> float:
         """The cost of a step with so many sequences and tokens, their drafts included."""
+        if num_tokens == num_sequences:
+            return self._plain(num_sequences)
+        drafts_s = self._profile.seconds(num_tokens) - self._profile.seconds(num_sequences)
         extra = self._extra_of((num_sequences, num_tokens))
-        return extra * self._pace(num_sequences) * self._profile.seconds(num_tokens)
+        return extra * (self._plain(num_sequences) + drafts_s)
 
-    def _pace(self, num_sequences: int) -> float:
-        known = self._paces.get(num_sequences)
-        if known is None and self._paces:
-            known = self._paces[min(self._paces, key=lambda count: abs(count - num_sequences))]
-        return 1.0 if known is None else known
+    def _plain(self, num_sequences: int) -> float:
+        known = self._plain_s.get(num_sequences)
+        if known is not None:
+            return known
+        profiled = self._profile.seconds(num_sequences)
+        if not self._plain_s:
+            return profiled
+        nearest = min(self._plain_s, key=lambda count: abs(count - num_sequences))
+        return max(self._plain_s[nearest] + profiled - self._profile.seconds(nearest), profiled)
 
     def _extra_of(self, shape: tuple[int, int]) -> float:
         if shape not in self._extra:
@@ -132,16 +142,20 @@ class StepCosts:
 class DraftCosts:
     """What guessing costs, by the number of drafts: profiled at first, then as it turns out."""
 
-    def __init__(self, first: CostTable, more: CostTable) -> None:
-        """``first`` is of the first token of each draft, ``more`` of one more token of each."""
+    def __init__(self, first: CostTable, more: CostTable, reading: CostTable) -> None:
+        """``first`` is of the first token of each draft, ``more`` of one more token of each.
+
+        ``reading`` is of known tokens, by their number, that were not read yet.
+        """
         self._first = first
         self._more = more
+        self._reading = reading
         self._pace = 1.0
 
-    def note(self, num_drafts: int, depth: int, seconds: float) -> None:
-        """So many drafts of so many tokens took so long."""
-        surprise = _calm(seconds / self.seconds(num_drafts, depth))
-        self._pace *= 1 + _LEARNING_RATE * (surprise - 1)
+    def note(self, num_drafts: int, depth: int, num_read: int, seconds: float) -> None:
+        """So many drafts of so many tokens took so long, with what had to be read for them."""
+        expected_s = self.seconds(num_drafts, depth) + self.reading_s(num_read)
+        self._pace *= 1 + _LEARNING_RATE * (_calm(seconds / expected_s) - 1)
 
     def revive(self) -> None:
         """Nobody was asked: drift back to what was profiled."""
@@ -149,10 +163,12 @@ class DraftCosts:
 
     def seconds(self, num_drafts: int, depth: int) -> float:
         """The cost of so many drafts of so many tokens."""
-        return self._pace * self._profiled(num_drafts, depth)
+        more_s = (depth - 1) * self._more.seconds(num_drafts)
+        return self._pace * (self._first.seconds(num_drafts) + more_s)
 
-    def _profiled(self, num_drafts: int, depth: int) -> float:
-        return self._first.seconds(num_drafts) + (depth - 1) * self._more.seconds(num_drafts)
+    def reading_s(self, num_tokens: int) -> float:
+        """The cost of reading so many tokens before a first guess."""
+        return self._pace * self._reading.seconds(num_tokens) if num_tokens else 0.0
 
 
 class Costs(NamedTuple):
@@ -174,6 +190,14 @@ class Drafter(Protocol):
         Returns:
             The guesses by request id; nothing for whom there is no guess.
         """
+        ...
+
+
+class SlowDrafter(Drafter, Protocol):
+    """Guesses after reading what is known."""
+
+    def num_unread(self, sequence: EngineSequence) -> int:
+        """How many tokens it has to read before it can guess for this sequence."""
         ...
 
 
@@ -218,6 +242,24 @@ class _Work(NamedTuple):
     draft_s: float = 0.0
 
 
+class _Choice(NamedTuple):
+    """Whose drafts are looked up and whose are asked for, how deep, and the tokens a second."""
+
+    found: list[int]
+    found_depth: int
+    asked: list[int]
+    asked_depth: int
+    rate: float
+
+
+class _Asked(NamedTuple):
+    """What the drafter was last asked for."""
+
+    num_drafts: int
+    depth: int
+    num_unread: int
+
+
 class Speculator:
     """Decides how long drafts are, and gets them.
 
@@ -229,7 +271,7 @@ class Speculator:
     """
 
     def __init__(
-        self, lookup: Drafter, *, drafter: Drafter | None, depth_max: int, costs: Costs | None
+        self, lookup: Drafter, *, drafter: SlowDrafter | None, depth_max: int, costs: Costs | None
     ) -> None:
         assert depth_max > 0
         self.num_draft_tokens = 0
@@ -242,40 +284,35 @@ class Speculator:
         self._asked = _Hopes(depth_max)
         self._looked_up: set[int] = set()
         """Whose last draft was found."""
-        self._was_asked = (0, 0)
-        """For how many drafts the drafter was last asked, and for how many tokens of each."""
+        self._was_asked: _Asked | None = None
 
     def propose(self, sequences: Sequence[EngineSequence]) -> dict[int, list[int]]:
         """Drafts for the running sequences that have caught up, by request id."""
-        self._was_asked = (0, 0)
+        self._was_asked = None
         living = {sequence.request_id for sequence in sequences}
         self._found.keep(living)
         self._asked.keep(living)
         ready = [s for s in sequences if s.num_tokens == s.num_computed_tokens + 1]
-        rooms = [
-            (sequence, room)
+        rooms = {
+            sequence: room
             for sequence in ready
             if (room := min(self._depth_max, sequence.num_tokens_max - sequence.num_tokens - 1)) > 0
-        ]
+        }
         if not rooms:
             return {}
-        found = self._lookup.propose(rooms)
-        for request_id in [each for each in found if not self._is_believed(each)]:
-            self._found.revive(request_id)
-            del found[request_id]
-        self._looked_up = set(found)
-        others = []
-        if self._drafter is not None:
-            others = [s.request_id for s, _ in rooms if s.request_id not in found]
-        depth, depth_of_others = self._depths(len(ready), list(found), others)
-        drafts = {request_id: draft[:depth] for request_id, draft in found.items() if depth > 0}
-        if self._drafter is not None and others and depth_of_others > 0:
-            wanted = [
-                (sequence, 0 if sequence.request_id in found else min(depth_of_others, room))
-                for sequence, room in rooms
-            ]
-            drafts |= self._drafter.propose(wanted)
-            self._was_asked = (len(others), depth_of_others)
+        found = self._lookup.propose([*rooms.items()])
+        chosen = self._choose(len(ready), [*rooms], found)
+        self._looked_up = set(chosen.found) if chosen.found_depth else set()
+        drafts = {number: found[number][: chosen.found_depth] for number in self._looked_up}
+        if self._drafter is not None and chosen.asked_depth:
+            asked = {
+                s: min(chosen.asked_depth, room)
+                for s, room in rooms.items()
+                if s.request_id in chosen.asked
+            }
+            num_unread = sum(map(self._drafter.num_unread, asked))
+            drafts |= self._drafter.propose([(s, asked.get(s, 0)) for s in rooms])
+            self._was_asked = _Asked(len(asked), chosen.asked_depth, num_unread)
         return drafts
 
     def note_between(self, seconds: float) -> None:
@@ -285,9 +322,9 @@ class Speculator:
 
     def note_proposal(self, seconds: float) -> None:
         """The last drafts took so long to make."""
-        num_drafts, depth = self._was_asked
-        if num_drafts and self._costs is not None and self._costs.draft is not None:
-            self._costs.draft.note(num_drafts, depth, seconds)
+        asked = self._was_asked
+        if asked is not None and self._costs is not None and self._costs.draft is not None:
+            self._costs.draft.note(*asked, seconds)
 
     def note(self, plan: StepPlan, draws: Draws, seconds: float) -> None:
         """A step was carried out: learn from it."""
@@ -303,53 +340,89 @@ class Speculator:
                 hopes = self._found if sequence.request_id in self._looked_up else self._asked
                 hopes.learn(sequence.request_id, len(draft), len(drawn) - 1)
 
-    def _is_believed(self, request_id: int) -> bool:
-        """Whether what was found is as likely to come true as what the drafter would say."""
-        if self._drafter is None:
-            return True
-        return self._found.of(request_id)[0] >= self._asked.of(request_id)[0]
+    def _choose(
+        self, num_ready: int, sequences: list[EngineSequence], found: Mapping[int, list[int]]
+    ) -> _Choice:
+        """Who is believed, and how far.
 
-    def _depths(self, num_ready: int, found: list[int], asked: list[int]) -> tuple[int, int]:
+        Either what was found is all there is, or the drafter is asked besides: then also where
+        something was found that is less likely to come true than what the drafter would say.
+        """
+        without = self._best_depths(num_ready, list(found), [])
+        if self._drafter is None:
+            return without
+        believed = [
+            number for number in found if self._found.of(number)[0] >= self._asked.of(number)[0]
+        ]
+        others = [s for s in sequences if s.request_id not in believed]
+        chosen = self._best_depths(num_ready, believed, others)
+        if self._costs is not None and chosen.rate <= without.rate:
+            chosen = without
+        for number in found.keys() - set(chosen.found if chosen.found_depth else ()):
+            self._found.revive(number)
+        if self._costs is not None and not chosen.asked_depth:
+            for sequence in others:
+                self._asked.revive(sequence.request_id)
+            if self._costs.draft is not None:
+                self._costs.draft.revive()
+        return chosen
+
+    def _best_depths(
+        self, num_ready: int, found: list[int], others: list[EngineSequence]
+    ) -> _Choice:
         """The depths that bring the most tokens a second: of drafts found, and of drafts asked for.
 
         One is chosen after the other, what costs nothing first.
         """
+        asked = [sequence.request_id for sequence in others]
         if self._costs is None:
-            return self._depth_max, self._depth_max
-        costs = self._costs
+            return _Choice(found, self._depth_max, asked, self._depth_max if others else 0, 0.0)
         work = _Work(num_ready, float(num_ready))
-        depths = []
-        for request_ids, hopes, draft in (
-            (found, self._found, None),
-            (asked, self._asked, costs.draft),
-        ):
-            best_depth, best, best_rate = 0, work, self._rate(num_ready, work)
-            for depth, more in enumerate(self._deeper(work, request_ids, hopes, draft), 1):
-                rate = self._rate(num_ready, more)
-                if rate > best_rate:
-                    best_depth, best, best_rate = depth, more, rate
-            if best_depth == 0:
-                for request_id in request_ids:
-                    hopes.revive(request_id)
-                if draft is not None:
-                    draft.revive()
-            work = best
-            depths.append(best_depth)
-        return depths[0], depths[1]
+        found_depth, work = self._deepen(num_ready, work, found, self._found)
+        asked_depth, work = self._deepen(
+            num_ready, work, asked, self._asked, self._costs.draft, self._reading_s(others)
+        )
+        return _Choice(found, found_depth, asked, asked_depth, self._rate(num_ready, work))
 
-    def _deeper(
-        self, work: _Work, request_ids: list[int], hopes: _Hopes, draft: DraftCosts | None
-    ) -> Iterator[_Work]:
-        """The work with drafts of one token for each of these, of two tokens, and so on."""
+    def _deepen(
+        self,
+        num_ready: int,
+        work: _Work,
+        request_ids: list[int],
+        hopes: _Hopes,
+        draft: DraftCosts | None = None,
+        reading_s: float = 0.0,
+    ) -> tuple[int, _Work]:
+        """The depth of drafts for these that brings the most tokens a second, and the work then.
+
+        ``reading_s`` is what reading costs for each token that each of the sequences will get.
+        """
         count = len(request_ids)
         chances = [hopes.of(request_id) for request_id in request_ids]
         survivals = [1.0] * count
         expected = work.expected
+        best_depth, best, best_rate = 0, work, self._rate(num_ready, work)
         for depth in range(1, self._depth_max + 1 if count else 1):
             survivals = [s * each[depth - 1] for s, each in zip(survivals, chances, strict=True)]
             expected += sum(survivals)
-            seconds = 0.0 if draft is None else draft.seconds(count, depth)
-            yield _Work(work.num_tokens + count * depth, expected, work.draft_s + seconds)
+            draft_s = 0.0
+            if draft is not None:
+                draft_s = draft.seconds(count, depth) + reading_s * expected / num_ready
+            more = _Work(work.num_tokens + count * depth, expected, work.draft_s + draft_s)
+            rate = self._rate(num_ready, more)
+            if rate > best_rate:
+                best_depth, best, best_rate = depth, more, rate
+        return best_depth, best
+
+    def _reading_s(self, sequences: list[EngineSequence]) -> float:
+        """What the drafter has to read first, spread over the tokens that its reader will get."""
+        if self._drafter is None or self._costs is None or self._costs.draft is None:
+            return 0.0
+        draft, num_unread = self._costs.draft, self._drafter.num_unread
+        return sum(
+            draft.reading_s(num_unread(sequence)) / (sequence.num_tokens_max - sequence.num_tokens)
+            for sequence in sequences
+        )
 
     def _rate(self, num_sequences: int, work: _Work) -> float:
         """Tokens a second."""

@@ -11,7 +11,7 @@ from understudy.runtime.model.drafter import ModelDrafter
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.prompt_lookup import NgramDrafter
-from understudy.runtime.scheduling.speculation import Drafter, Speculator
+from understudy.runtime.scheduling.speculation import Drafter, SlowDrafter, Speculator
 
 
 class Oracle:
@@ -35,7 +35,7 @@ class Oracle:
 def speculator_of(kind: str, truth: Service, draft: Transformer, grammars: Grammars) -> Speculator:
     """A speculator with a lookup, an oracle, or both a lookup and a draft model."""
     lookup: Drafter = Oracle(truth) if kind == "oracle" else NgramDrafter()
-    drafter: Drafter | None = None
+    drafter: SlowDrafter | None = None
     if kind == "both":
         runner = ModelRunner(
             draft, num_blocks=256, block_size=8, grammar_masks=GrammarMasks(grammars)

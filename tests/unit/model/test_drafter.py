@@ -20,6 +20,7 @@ from understudy.runtime.scheduling.speculation import (
     CostTable,
     DraftCosts,
     Drafter,
+    SlowDrafter,
     Speculator,
     StepCosts,
 )
@@ -49,7 +50,11 @@ def drafter_of(model: Transformer) -> ModelDrafter:
 
 
 def speculator_of(
-    drafter: Drafter, *, lookup: Drafter | None = None, depth_max: int, costs: Costs | None = None
+    drafter: SlowDrafter | None,
+    *,
+    lookup: Drafter | None = None,
+    depth_max: int,
+    costs: Costs | None = None,
 ) -> Speculator:
     return Speculator(lookup or Silent(), drafter=drafter, depth_max=depth_max, costs=costs)
 
@@ -66,6 +71,9 @@ class Liar:
 
     def __init__(self, truth: Service) -> None:
         self._truth = truth
+
+    def num_unread(self, sequence: EngineSequence) -> int:
+        return 0
 
     def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
         drafts = {}
@@ -89,14 +97,14 @@ def test_no_draft_of_any_depth_changes_a_text(
     model_of: LoadModel, truth: Service, method: str, depth: int
 ) -> None:
     model = model_of("llama", torch.float32, "exact")
-    drafters: dict[str, Drafter] = {
+    drafters: dict[str, SlowDrafter | None] = {
         "same model": drafter_of(model),
         "other model": drafter_of(model_of("qwen3", torch.float32, "fast")),
-        "ngram": NgramDrafter(),
+        "ngram": None,
         "liar": Liar(truth),
         "both": drafter_of(model_of("qwen3", torch.float32, "fast")),
     }
-    lookup = NgramDrafter() if method == "both" else None
+    lookup = NgramDrafter() if method in {"both", "ngram"} else None
     speculator = speculator_of(drafters[method], lookup=lookup, depth_max=depth)
     assert serve(model, requests(), speculator=speculator).served == truth.served
     assert speculator.num_draft_tokens > 0
@@ -115,7 +123,7 @@ def test_the_model_itself_guesses_right(model_of: LoadModel, depth: int, native:
 
 def test_an_adaptive_depth_changes_no_text(model_of: LoadModel, truth: Service) -> None:
     model = model_of("llama", torch.float32, "exact")
-    draft_costs = DraftCosts(CostTable([(1, 1e-5)]), CostTable([(1, 1e-6)]))
+    draft_costs = DraftCosts(*[CostTable([(1, seconds)]) for seconds in (1e-5, 1e-6, 1e-6)])
     costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.05)])), draft_costs)
     speculator = speculator_of(drafter_of(model), depth_max=8, costs=costs)
     assert serve(model, requests(), speculator=speculator).served == truth.served
@@ -138,3 +146,16 @@ def test_a_drafter_without_room_guesses_nothing(model_of: LoadModel) -> None:
     drafter = ModelDrafter(runner, num_blocks=1, block_size=BLOCK_SIZE)
     sequence = EngineSequence(request_of(1, range(20), PARAMS[0]), attempt=1)
     assert drafter.propose([(sequence, 4)]) == {}
+
+
+def test_it_knows_how_much_it_has_to_read_before_it_guesses(model_of: LoadModel) -> None:
+    drafter = drafter_of(model_of("llama", torch.float32, "fast"))
+    sequence = EngineSequence(request_of(1, list(range(20)), PARAMS[0]), attempt=1)
+    sequence.num_computed_tokens = 19
+    assert drafter.num_unread(sequence) == 19
+    (draft,) = drafter.propose([(sequence, 3)]).values()
+    assert drafter.num_unread(sequence) == 0
+    for token in [*draft, 5, 6]:
+        sequence.append(token)
+    sequence.num_computed_tokens = sequence.num_tokens - 1
+    assert 0 < drafter.num_unread(sequence) <= 3

@@ -14,7 +14,7 @@ from understudy.runtime.scheduling.speculation import (
     Costs,
     CostTable,
     DraftCosts,
-    Drafter,
+    SlowDrafter,
     Speculator,
     StepCosts,
 )
@@ -30,8 +30,12 @@ def make_sequence(tokens: Sequence[int], *, request_id: int = 1, left: int = 100
 class Oracle:
     """Guesses 1, 2, 3 …, and remembers how far it was asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, unread: int = 0) -> None:
         self.depths: list[int] = []
+        self.unread = unread
+
+    def num_unread(self, sequence: EngineSequence) -> int:
+        return self.unread
 
     def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
         self.depths = [depth for _, depth in wanted]
@@ -54,7 +58,7 @@ class Finder:
         }
 
 
-def speculator_of(drafter: Drafter, *, depth_max: int, costs: Costs | None) -> Speculator:
+def speculator_of(drafter: SlowDrafter, *, depth_max: int, costs: Costs | None) -> Speculator:
     return Speculator(Finder(), drafter=drafter, depth_max=depth_max, costs=costs)
 
 
@@ -97,24 +101,33 @@ def test_more_tokens_never_cost_less(points: list[tuple[int, float]]) -> None:
 
 def test_a_profile_that_found_nothing_to_cost_anything_is_learnt_over() -> None:
     nothing = CostTable([(1, 0.0), (8, 0.0)])
-    step, draft = StepCosts(nothing), DraftCosts(nothing, nothing)
+    step, draft = StepCosts(nothing), DraftCosts(nothing, nothing, nothing)
     for _ in range(500):
         step.note(1, 1, 0.01)
-        draft.note(1, 4, 0.01)
+        draft.note(1, 4, 0, 0.01)
     assert step.seconds(1, 1) == pytest.approx(0.01, rel=0.01)
     assert draft.seconds(1, 4) == pytest.approx(0.01, rel=0.01)
 
 
-def test_what_is_seen_counts_more_than_the_profile_and_sets_the_pace_of_the_rest() -> None:
+def test_what_is_seen_counts_more_than_the_profile_of_which_the_cost_of_drafts_stays() -> None:
     costs = StepCosts(CostTable([(1, 0.1), (4, 0.2)]))
     assert costs.seconds(1, 4) == pytest.approx(0.2)
     for _ in range(200):
         costs.note(1, 1, 0.3)
     assert costs.seconds(1, 1) == pytest.approx(0.3, rel=0.01)
-    assert costs.seconds(1, 4) == pytest.approx(0.6, rel=0.01)
+    assert costs.seconds(1, 4) == pytest.approx(0.4, rel=0.01)
     for _ in range(200):
         costs.note(1, 4, 0.25)
     assert costs.seconds(1, 4) == pytest.approx(0.25, rel=0.01)
+
+
+def test_of_more_sequences_than_were_seen_the_profile_says_what_they_cost_more() -> None:
+    costs = StepCosts(CostTable([(1, 0.1), (8, 0.2), (16, 0.5)]))
+    for _ in range(200):
+        costs.note(8, 8, 0.4)
+    assert costs.seconds(16, 16) == pytest.approx(0.7, rel=0.01)
+    assert costs.seconds(1, 1) == pytest.approx(0.3, rel=0.01)
+    assert costs.seconds(16, 32) == pytest.approx(1.2, rel=0.01)
 
 
 def test_a_disturbed_time_rules_nothing_out() -> None:
@@ -133,7 +146,7 @@ def test_the_drafter_is_timed_as_well() -> None:
         Finder(),
         drafter=oracle,
         depth_max=4,
-        costs=Costs(StepCosts(CostTable([(1, 0.01), (8, 0.01)])), DraftCosts(table, table)),
+        costs=Costs(StepCosts(CostTable([(1, 0.01), (8, 0.01)])), DraftCosts(table, table, table)),
     )
     dear: list[int] = []
     cheap: list[int] = []
@@ -179,7 +192,7 @@ def test_who_was_given_up_is_tried_again_some_day() -> None:
 
 def test_a_dear_drafter_guesses_less_far_than_a_free_one() -> None:
     costs = CostTable([(1, 0.006)])
-    free, dear = free_steps(), free_steps()._replace(draft=DraftCosts(costs, costs))
+    free, dear = free_steps(), free_steps()._replace(draft=DraftCosts(costs, costs, costs))
     far = speculator_of(Oracle(), depth_max=8, costs=free)
     near = speculator_of(Oracle(), depth_max=8, costs=dear)
     sequence = make_sequence([1, 2])
@@ -247,12 +260,52 @@ def test_what_is_found_and_never_comes_true_gives_way_to_who_is_right_at_times()
 def test_depths_are_chosen_for_each_kind_of_guess() -> None:
     """What is found costs only its check, which is nearly free here; asking costs a step."""
     dear = CostTable([(1, 0.02), (8, 0.02)])
-    costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.012)])), DraftCosts(dear, dear))
+    costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.012)])), DraftCosts(dear, dear, dear))
     oracle = Oracle()
     speculator = Speculator(Finder(2), drafter=oracle, depth_max=4, costs=costs)
     drafts = speculator.propose([make_sequence([1]), make_sequence([1], request_id=2)])
     assert drafts == {2: [1, 2, 3, 4]}
     assert oracle.depths == []
+
+
+def test_what_was_found_is_taken_where_asking_instead_does_not_pay() -> None:
+    """What the drafter says is likelier to come true, and too dear."""
+    table = CostTable([(1, 1e-4)])
+    costs = Costs(StepCosts(CostTable([(1, 0.01), (64, 0.012)])), DraftCosts(table, table, table))
+    oracle, finder = Oracle(), Finder(1)
+    speculator = Speculator(finder, drafter=oracle, depth_max=4, costs=costs)
+    sequence = make_sequence([1, 2])
+    for _ in range(40):
+        play(speculator, sequence, accepted=1)
+    assert oracle.depths == []
+    finder.request_ids = ()
+    for _ in range(40):
+        play(speculator, sequence, accepted=4)
+    assert oracle.depths == [4]
+    finder.request_ids, oracle.depths = (1,), []
+    for _ in range(200):
+        speculator.note_proposal(1.0)
+    assert speculator.propose([sequence])[1]
+    assert oracle.depths == []
+
+
+def test_who_has_much_to_read_first_is_asked_where_much_is_left_to_say() -> None:
+    token = CostTable([(1, 1e-4)])
+    for left, is_asked in ((10, False), (2000, True)):
+        costs = Costs(StepCosts(CostTable([(1, 0.01), (8, 0.01)])), DraftCosts(token, token, token))
+        oracle = Oracle(unread=1000)  # ten steps' worth
+        speculator = Speculator(Finder(), drafter=oracle, depth_max=4, costs=costs)
+        assert bool(speculator.propose([make_sequence([1, 2], left=left)])) == is_asked
+
+
+def test_reading_is_not_taken_for_a_slow_drafter() -> None:
+    token = CostTable([(1, 1e-3)])
+    costs = DraftCosts(token, token, token)
+    for num_read in (0, 500, 20):
+        for _ in range(100):
+            costs.note(1, 4, num_read, 1e-3 * (4 + num_read))
+        assert costs.seconds(1, 4) == pytest.approx(0.004)
+        assert costs.reading_s(num_read) == pytest.approx(1e-3 * num_read)
 
 
 @given(
