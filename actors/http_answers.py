@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +21,7 @@ from aiohttp import web
 from understudy.actors.gateway import Sink
 from understudy.actors.http_choices import ChoiceOutput, OpenRequests, RequestPort
 from understudy.actors.http_collected import CollectedAnswer
+from understudy.actors.http_open_calls import OpenCalls
 from understudy.actors.http_parsed_streams import ParsedChoice
 from understudy.actors.http_streams import EventStream
 from understudy.protocol.anthropic.events import MessageEncoder, message_object
@@ -43,7 +45,6 @@ from understudy.protocol.request import Request, hastened
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.served_model import ServedModel
 
-STOPPING: Final = "the gateway is stopping"
 LOOK_S: Final = 30.0
 STREAM_ID_HEADER: Final = "X-Stream-Id"
 
@@ -201,26 +202,14 @@ class Answers:
         self._served = served
         self._limits = limits
         self._clock = clock
-        self._calls: dict[OpenRequests, Call] = {}
-        self._all_over = asyncio.Event()
-        self._is_stopping = False
+        self._calls = OpenCalls(limits.shutdown_timeout_s)
 
     async def stop(self) -> None:
         """Wait for the calls that are open, up to a limit; then end them with an error.
 
         No further ones are taken. What can be joined elsewhere goes on.
         """
-        self._is_stopping = True
-        try:
-            async with asyncio.timeout(self._limits.shutdown_timeout_s):
-                while self._calls:
-                    self._all_over.clear()
-                    await self._all_over.wait()
-        except TimeoutError:
-            for open_requests, call in list(self._calls.items()):
-                open_requests.fail_all(
-                    Unavailable(STOPPING), go_on=call.first.stream or call.first.is_resumable
-                )
+        await self._calls.stop()
 
     async def answer(self, http_request: web.Request, call: Call) -> web.StreamResponse:
         """Submit or join a call's requests, and answer it.
@@ -259,8 +248,7 @@ class Answers:
     @asynccontextmanager
     async def _opened(self, call: Call) -> AsyncIterator[_Opened]:
         """The requests of a call, which do not outlive it here; what has passed is taken off."""
-        if self._is_stopping:
-            raise Unavailable(STOPPING)
+        self._calls.admit()
         if call.positions is None and any(one.params.max_tokens for one in call.requests):
             called_at = self._clock.now()
             await self.until_serving()
@@ -268,11 +256,15 @@ class Answers:
             requests = [hastened(request, passed_s) for request in call.requests]
             call = dataclasses.replace(call, requests=requests)
         open_requests = OpenRequests(self._port, self._wake)
-        self._calls[open_requests] = call
-        try:
-            yield _Opened(open_requests, call)
-        finally:
-            self._over(open_requests, call)
+        may_go_on = call.first.stream or call.first.is_resumable
+        with self._calls.under_way(partial(open_requests.fail_all, go_on=may_go_on)):
+            try:
+                yield _Opened(open_requests, call)
+            finally:
+                if call.first.is_resumable:
+                    open_requests.leave_all()
+                else:
+                    open_requests.cancel_all()
 
     async def submit(self, call: Call, settled: Callable[[], Awaitable[None]]) -> None:
         """Submit a call that nobody waits for.
@@ -303,16 +295,6 @@ class Answers:
             raise Unavailable("the supervisor does not answer") from None
         finally:
             open_requests.leave_all()
-
-    def _over(self, open_requests: OpenRequests, call: Call) -> None:
-        """A call is over here; what can be joined elsewhere goes on."""
-        if call.first.is_resumable:
-            open_requests.leave_all()
-        else:
-            open_requests.cancel_all()
-        del self._calls[open_requests]
-        if not self._calls:
-            self._all_over.set()
 
     async def until_serving(self) -> None:
         """Wait for an engine for as long as one may be back in a moment.

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from understudy.actors.http_answers import STOPPING, Answers, HttpLimits
+from understudy.actors.http_answers import Answers, HttpLimits
 from understudy.actors.http_choices import RequestPort
+from understudy.actors.http_open_calls import OpenCalls
 from understudy.protocol.errors import DeadlineExceeded, RequestError, Unavailable
 from understudy.protocol.openai.answer import finish_reason_or_error
 from understudy.protocol.request import FinishReason, Request, TokenRow, hastened
@@ -45,11 +46,8 @@ class PooledCalls:
         self._port = port
         self._wake = wake
         self._answers = answers
-        self._limits = limits
         self._clock = clock
-        self._calls: set[_PooledCall] = set()
-        self._all_over = asyncio.Event()
-        self._is_stopping = False
+        self._calls = OpenCalls(limits.shutdown_timeout_s)
 
     async def collect(self, requests: Sequence[Request]) -> list[bytes]:
         """Submit requests, and wait for all of their vectors.
@@ -58,31 +56,19 @@ class PooledCalls:
             RequestError: one of them could not go on; the others are cancelled.
         """
         called_at = self._clock.now()
-        if self._is_stopping:
-            raise Unavailable(STOPPING)
+        self._calls.admit()
         await self._answers.until_serving()
         call = _PooledCall(self._port, self._wake, requests, self._clock, called_at)
-        self._calls.add(call)
-        try:
-            call.submit_next()
-            return await call.over
-        finally:
-            call.cancel_all()
-            self._calls.remove(call)
-            if not self._calls:
-                self._all_over.set()
+        with self._calls.under_way(call.fail):
+            try:
+                call.submit_next()
+                return await call.over
+            finally:
+                call.cancel_all()
 
     async def stop(self) -> None:
         """Wait for the calls that are open, up to a limit; then end them with an error."""
-        self._is_stopping = True
-        try:
-            async with asyncio.timeout(self._limits.shutdown_timeout_s):
-                while self._calls:
-                    self._all_over.clear()
-                    await self._all_over.wait()
-        except TimeoutError:
-            for call in self._calls:
-                call.fail(Unavailable(STOPPING))
+        await self._calls.stop()
 
 
 class _PooledCall:
