@@ -91,7 +91,7 @@ class _Listener:
 class _OpenRequest:
     """A request that has not ended, and who listens to it."""
 
-    __slots__ = ("listeners", "position", "request", "submitted_at")
+    __slots__ = ("has_ended", "listeners", "position", "request", "submitted_at")
 
     def __init__(self, request: Request | None, submitted_at: float = 0.0) -> None:
         self.request = request
@@ -100,6 +100,8 @@ class _OpenRequest:
         self.listeners: list[_Listener] = []
         self.position = 0
         """The end of the output that came so far."""
+        self.has_ended = False
+        """Whether that is all. Who still listens then waits for what came before."""
 
     @property
     def next_position(self) -> int:
@@ -219,15 +221,17 @@ class Gateway:
             self._waiting.append(tell)
 
     def park(self, request_id: int, sink: Sink) -> None:
-        """Tell a sink nothing more for now. What it misses is kept by the supervisor."""
+        """Tell a sink nothing more for now, until the request ends.
+
+        What it misses meanwhile is kept by the supervisor.
+        """
         for listener in self._listeners(request_id, sink):
             listener.is_parked = True
 
     def unpark(self, request_id: int, sink: Sink) -> None:
         """Tell a parked sink what it has missed, and go on."""
         for listener in self._listeners(request_id, sink):
-            listener.is_parked = False
-            self._send(Attach(request_id, listener.position))
+            self._unpark(request_id, listener)
 
     def is_answered(self, request_id: int) -> bool:
         """Whether the supervisor has taken or refused a request that was submitted here."""
@@ -241,7 +245,10 @@ class Gateway:
 
     def leave(self, request_id: int, sink: Sink) -> None:
         """Stop listening, and let the request go on: someone may come back for it."""
-        self._stop_listening(request_id, sink)
+        if self._stop_listening(request_id, sink):
+            opened = self._open[request_id]
+            if opened.has_ended and not opened.listeners:
+                self._forget(request_id)
 
     def handle(self, message: Message, sender: str, now: float) -> None:  # noqa: ARG002
         """Take in a message from the supervisor."""
@@ -374,6 +381,7 @@ class Gateway:
         opened.position = max(opened.position, row.position + len(row.tokens))
         listeners = opened.listeners
         if row.finish:
+            opened.has_ended = True
             # Who has joined a moment ago still lacks what came before, which is on its way.
             opened.listeners = [
                 one for one in listeners if one.is_parked or one.position < row.position
@@ -382,12 +390,28 @@ class Gateway:
                 self._forget(row.request_id)
         for listener in list(listeners):
             listener.deliver(row, engine)
+            if row.finish:  # what has ended is not kept for ever
+                self._unpark(row.request_id, listener)
+
+    def _unpark(self, request_id: int, listener: _Listener) -> None:
+        if listener.is_parked:
+            listener.is_parked = False
+            self._send(Attach(request_id, listener.position))
 
     def _fail(self, request_id: int, error: RequestError) -> None:
         opened = self._forget(request_id)
-        if opened is not None:
-            for listener in list(opened.listeners):
-                listener.sink.fail(error)
+        if opened is None:
+            return
+        parked = [listener for listener in opened.listeners if listener.is_parked]
+        told = [listener for listener in opened.listeners if not listener.is_parked]
+        if parked:
+            # They hear of it when they have heard what came before.
+            opened.listeners = parked
+            self._open[request_id] = opened
+            for listener in parked:
+                self._unpark(request_id, listener)
+        for listener in told:
+            listener.sink.fail(error)
 
     def _listeners(self, request_id: int, sink: Sink) -> list[_Listener]:
         opened = self._open.get(request_id)

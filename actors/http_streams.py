@@ -3,8 +3,9 @@
 As long as the client reads, a row becomes bytes on the transport within ``deliver``: no task is
 woken for it. When the client falls behind, its text is kept instead, as text, and goes out in
 one larger chunk once there is room. A client that has not read for ``PARK_AFTER_S`` costs nothing
-more: its stream is parked, and what it missed is asked for when it reads again. It is given up when
-there was no room for ``write_timeout_s``::
+more, unless a stop string has to be looked for: its stream is parked, and what it missed is asked
+for when it reads again, or when its request has ended. It is given up when there was no room for
+``write_timeout_s``::
 
     deliver ──▶ is_flowing? ── yes ──▶ transport.write          the path of nearly every token
                     │ no

@@ -318,6 +318,8 @@ class ScriptedGateway:
         for sink in list(scripted.sinks):
             if sink not in self.parked:
                 sink.deliver(row, engine)
+            elif finish:
+                self.unpark(request.request_id, sink)
 
     def fail(self, request: Request, error: RequestError) -> None:
         """End a request with an error."""

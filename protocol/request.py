@@ -179,7 +179,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """What one engine step added to one request.
+    """What an engine step, or several, added to one request.
 
     ``position`` is the index, in the output, of the first of ``tokens``; ``prefix_hash`` covers
     the whole output up to and including them. ``tokens`` is empty only if the request ends
@@ -199,7 +199,7 @@ class TokenRow(NamedTuple):
     """Tokens of the prompt that the request's first engine found in its cache. Told with the first
     token, and to whoever joins late; 0 in all other rows."""
     num_draft_tokens: int = 0
-    """How many tokens were guessed in this step; all of ``tokens`` but the last came true."""
+    """How many tokens were guessed; of one step, all of ``tokens`` but the last came true."""
     vector: bytes = b""
     """What the prompt was pooled to, as float32, little-endian; then this row ends the request."""
 

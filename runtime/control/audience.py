@@ -84,14 +84,16 @@ class Audience:
 
     def catch_up(self, entry: Entry, position: int, gateway: str) -> None:
         """Tell one gateway all that it lacks."""
+        # What this turn has accepted is in the entry already and must not come again behind it.
+        self.deliver()
+        rows = entry.rows_from(position, CATCH_UP_TOKENS_MAX)
+        if entry.error_code:  # it says more than the last row does
+            rows = [row._replace(finish=0) for row in rows if row.tokens]
+        for row in rows:
+            self._outbox.send(gateway, Deliver((row,)))
         if entry.error_code:
             failed = Failed(entry.request_id, entry.error_code, entry.error_message)
             self._outbox.send(gateway, failed)
-            return
-        # What this turn has accepted is in the entry already and must not come again behind it.
-        self.deliver()
-        for row in entry.rows_from(position, CATCH_UP_TOKENS_MAX):
-            self._outbox.send(gateway, Deliver((row,)))
 
     def fail(self, entry: Entry, error: RequestError) -> None:
         """Tell those who listen to a request that it ends with an error."""

@@ -252,12 +252,12 @@ class _Choice(NamedTuple):
     rate: float
 
 
-class _Asked(NamedTuple):
-    """What the drafter was last asked for."""
+class _Answer(NamedTuple):
+    """What the drafter last did."""
 
     num_drafts: int
     depth: int
-    num_unread: int
+    num_read: int
 
 
 class Speculator:
@@ -284,11 +284,11 @@ class Speculator:
         self._asked = _Hopes(depth_max)
         self._looked_up: set[int] = set()
         """Whose last draft was found."""
-        self._was_asked: _Asked | None = None
+        self._last_answer: _Answer | None = None
 
     def propose(self, sequences: Sequence[EngineSequence]) -> dict[int, list[int]]:
         """Drafts for the running sequences that have caught up, by request id."""
-        self._was_asked = None
+        self._last_answer = None
         living = {sequence.request_id for sequence in sequences}
         self._found.keep(living)
         self._asked.keep(living)
@@ -311,8 +311,11 @@ class Speculator:
                 if s.request_id in chosen.asked
             }
             num_unread = sum(map(self._drafter.num_unread, asked))
-            drafts |= self._drafter.propose([(s, asked.get(s, 0)) for s in rooms])
-            self._was_asked = _Asked(len(asked), chosen.asked_depth, num_unread)
+            answered = self._drafter.propose([(s, asked.get(s, 0)) for s in rooms])
+            if answered:  # perhaps not by all: where there is no room nothing is read either
+                num_read = num_unread - sum(map(self._drafter.num_unread, asked))
+                self._last_answer = _Answer(len(answered), chosen.asked_depth, num_read)
+            drafts |= answered
         return drafts
 
     def note_between(self, seconds: float) -> None:
@@ -322,9 +325,9 @@ class Speculator:
 
     def note_proposal(self, seconds: float) -> None:
         """The last drafts took so long to make."""
-        asked = self._was_asked
-        if asked is not None and self._costs is not None and self._costs.draft is not None:
-            self._costs.draft.note(*asked, seconds)
+        answer = self._last_answer
+        if answer is not None and self._costs is not None and self._costs.draft is not None:
+            self._costs.draft.note(*answer, seconds)
 
     def note(self, plan: StepPlan, draws: Draws, seconds: float) -> None:
         """A step was carried out: learn from it."""

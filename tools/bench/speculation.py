@@ -133,8 +133,9 @@ def run_rounds(
             rates: Round = {way.name: {} for way in chosen}
             for count in streams:
                 print(f"round {number + 1}: {count} streams", file=sys.stderr)
-                texts = list(itertools.islice(pieces, max(REQUESTS_EACH, 2 * count)))
-                if len(texts) < REQUESTS_EACH:
+                num_texts = max(REQUESTS_EACH, 2 * count)
+                texts = list(itertools.islice(pieces, num_texts))
+                if len(texts) < num_texts:
                     raise ServerFailed("the standard library has too few held-out sources")
                 told = {}
                 for name in itertools.islice(
@@ -143,7 +144,7 @@ def run_rounds(
                     measured = asyncio.run(measure(servers[name].target, texts, count))
                     rates[name][count] = measured.tokens_per_s
                     told[name] = measured.texts
-                if any(texts != told["off"] for texts in told.values()):
+                if any(answers != told["off"] for answers in told.values()):
                     raise ServerFailed(f"not all told the same text with {count} streams")
             rounds.append(rates)
     return rounds

@@ -39,6 +39,7 @@ from understudy.protocol.messages import (
     Lookup,
     Pulse,
     Reclaim,
+    Refused,
     ResetPrefixCache,
     Role,
     StepOutput,
@@ -95,6 +96,20 @@ def test_another_gateway_goes_on_with_what_one_left_behind() -> None:
     assert deliver.rows == (row(1, 7, before=(5, 6), finish=FinishReason.STOP),)
     stage.turn("gateway-1.1", Attach(1, 2))
     assert stage.sent("gateway-1.1", Deliver) == [Deliver(deliver.rows)], "ended, and still known"
+
+
+def test_who_joins_what_has_failed_is_told_what_was_made_before_it_did() -> None:
+    stage = stage_with(1)
+    stage.turn(GATEWAY, Submit(request(1)))
+    stage.turn(ENGINES[0], StepOutput(1, (row(1, 5, 6),)))
+    stage.turn(ENGINES[0], Refused(1, 1, "internal_error", "no"))
+    failed = stage.sent(GATEWAY, Failed)
+    assert [one.message for one in failed] == ["no"]
+    stage.sent(GATEWAY, Deliver)
+    for position, told in ((0, [row(1, 5, 6)]), (1, [row(1, 6, before=(5,))]), (2, [])):
+        stage.turn(GATEWAY, Attach(1, position))
+        assert [one.rows for one in stage.sent(GATEWAY, Deliver)] == [(one,) for one in told]
+        assert stage.sent(GATEWAY, Failed) == failed
 
 
 @pytest.mark.parametrize("asked", [Attach(2, 0), Attach(1, 2)], ids=["unknown", "beyond the end"])

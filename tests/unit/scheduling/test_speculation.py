@@ -33,6 +33,7 @@ class Oracle:
     def __init__(self, *, unread: int = 0) -> None:
         self.depths: list[int] = []
         self.unread = unread
+        self.has_no_room: set[int] = set()
 
     def num_unread(self, sequence: EngineSequence) -> int:
         return self.unread
@@ -40,7 +41,9 @@ class Oracle:
     def propose(self, wanted: Sequence[tuple[EngineSequence, int]]) -> dict[int, list[int]]:
         self.depths = [depth for _, depth in wanted]
         return {
-            sequence.request_id: list(range(1, 1 + depth)) for sequence, depth in wanted if depth
+            sequence.request_id: list(range(1, 1 + depth))
+            for sequence, depth in wanted
+            if depth and sequence.request_id not in self.has_no_room
         }
 
 
@@ -295,6 +298,20 @@ def test_who_has_much_to_read_first_is_asked_where_much_is_left_to_say() -> None
         oracle = Oracle(unread=1000)  # ten steps' worth
         speculator = Speculator(Finder(), drafter=oracle, depth_max=4, costs=costs)
         assert bool(speculator.propose([make_sequence([1, 2], left=left)])) == is_asked
+
+
+def test_who_reads_nothing_for_want_of_room_is_not_taken_for_quick() -> None:
+    token = CostTable([(1, 1e-3)])
+    costs = Costs(StepCosts(CostTable([(1, 1.0), (8, 1.0)])), DraftCosts(token, token, token))
+    assert costs.draft is not None
+    oracle = Oracle(unread=1000)
+    speculator = Speculator(Finder(), drafter=oracle, depth_max=1, costs=costs)
+    for has_no_room in ({2}, {1, 2}):
+        oracle.has_no_room = has_no_room
+        for _ in range(50):
+            speculator.propose([make_sequence([1]), make_sequence([1], request_id=2)])
+            speculator.note_proposal(1e-3 if 2 - len(has_no_room) else 1e-9)
+        assert costs.draft.seconds(1, 1) == pytest.approx(1e-3)
 
 
 def test_reading_is_not_taken_for_a_slow_drafter() -> None:
