@@ -163,10 +163,7 @@ class Call:
     @property
     def num_prompt_tokens(self) -> int:
         """Each prompt counted once."""
-        return sum(
-            len(request.prompt) + len(request.params.echoed)
-            for request in self.requests[:: self.first.n]
-        )
+        return sum(request.num_prompt_tokens for request in self.requests[:: self.first.n])
 
 
 class _Opened(NamedTuple):

@@ -148,6 +148,16 @@ class Request:
     pooling: Pooling | None = None
     """How the prompt becomes a vector, if that is what is wanted. ``max_tokens`` is 1 then."""
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """What the client gave, also where the engine has to say it again."""
+        return len(self.prompt) + len(self.params.echoed)
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """The most tokens behind that."""
+        return self.params.max_tokens - len(self.params.echoed)
+
 
 def fingerprint(request: Request) -> bytes:
     """A digest of what a request asks, and of who asks: equal for a retry, whatever its seed."""

@@ -48,7 +48,7 @@ class _Meter:
     )
 
     def __init__(self, entry: Entry, now: float, forecast: Promise | None) -> None:
-        self.output = len(entry.output)
+        self.output = entry.num_answer_tokens
         self.cached = entry.num_cached_tokens
         self.has_run = entry.attempt > 0
         self.settled_at = now
@@ -83,7 +83,7 @@ class Accounts:
         request = entry.request
         self.limits.begin(
             request.tenant,
-            num_prompt_tokens=len(request.prompt),
+            num_prompt_tokens=request.num_prompt_tokens,
             now=now,
             num_calls=int(request.request_id == request.group_id),
         )
@@ -104,18 +104,19 @@ class Accounts:
             meter.had_to_wait = num_beside > num_places
             request = entry.request
             usual = self._lengths.get(request.tenant, USUAL_LENGTH)
-            meter.output = len(entry.output) + min(int(usual), request.params.max_tokens)
-            cost = PROMPT_TOKEN_COST * len(request.prompt) + OUTPUT_TOKEN_COST * meter.output
+            meter.output = entry.num_answer_tokens + min(int(usual), request.max_answer_tokens)
+            prompt_cost = PROMPT_TOKEN_COST * request.num_prompt_tokens
+            cost = prompt_cost + OUTPUT_TOKEN_COST * meter.output
             self.fair_share.charge(request.tenant, cost)
 
     def settle(self, entry: Entry, now: float) -> None:
         """Charge what a request has had since the last time."""
         meter = self._meters[entry.request_id]
-        output = len(entry.output)
+        output = entry.num_answer_tokens
         # While it runs only what is more than expected is charged, at its end the rest given back.
         counted = output if entry.finish else max(output, meter.output)
         cost = OUTPUT_TOKEN_COST * (counted - meter.output)
-        if output and entry.engine is not None:
+        if entry.output and entry.engine is not None:
             kv_token_s = entry.num_tokens * max(0.0, now - meter.settled_at)
             meter.kv_token_s += kv_token_s
             cost += KV_TOKEN_S_COST * kv_token_s
@@ -131,7 +132,7 @@ class Accounts:
         """A request has ended; its engine is still noted in the entry if it had one."""
         self.settle(entry, now)
         meter = self._meters.pop(entry.request_id)
-        output = len(entry.output)
+        output = entry.num_answer_tokens
         life_s = now - entry.admitted_at
         if meter.has_run and entry.request.pooling is None:
             self._note_length(entry.request.tenant, output)
@@ -178,9 +179,9 @@ class Accounts:
         days[day] = DayUsage(
             day,
             before.requests + 1,
-            before.prompt_tokens + len(entry.request.prompt),
+            before.prompt_tokens + entry.request.num_prompt_tokens,
             before.cached_tokens + entry.num_cached_tokens,
-            before.output_tokens + len(entry.output),
+            before.output_tokens + entry.num_answer_tokens,
             before.kv_token_s + kv_token_s,
         )
         self._changed.add((tenant, day))
@@ -190,11 +191,16 @@ class Accounts:
     def _learn(self, entry: Entry, meter: _Meter, now: float) -> None:
         """Compare what was forecast with what came of it."""
         has_ended_itself = entry.finish in {FinishReason.STOP, FinishReason.LENGTH}
-        is_plain = entry.attempt == 1 and entry.output and entry.assigned_at
+        is_plain = (
+            entry.attempt == 1
+            and entry.output
+            and entry.assigned_at
+            and not entry.request.params.echoed
+        )
         if has_ended_itself and is_plain:
             course = Course(
-                num_prompt_tokens=len(entry.request.prompt) - entry.num_cached_tokens,
-                num_output_tokens=len(entry.output),
+                num_prompt_tokens=entry.request.num_prompt_tokens - entry.num_cached_tokens,
+                num_output_tokens=entry.num_answer_tokens,
                 prefill_s=entry.first_token_at - entry.assigned_at,
                 decode_s=now - entry.first_token_at,
                 num_beside=meter.num_beside,

@@ -86,8 +86,8 @@ class Door:
         """When a request that is taken now is expected to be served."""
         num_ahead = self._queue.num_ahead(tenant=request.tenant, priority=request.priority)
         return self._accounts.forecast.forecast(
-            num_prompt_tokens=len(request.prompt),
-            max_tokens=request.params.max_tokens,
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_tokens=request.max_answer_tokens,
             load=Load(places.num_places, places.num_running, num_ahead),
         )
 
@@ -154,7 +154,7 @@ class Size(NamedTuple):
 
 def size_of(request: Request) -> Size:
     """How much of the queue a request takes."""
-    num_tokens = len(request.prompt)
+    num_tokens = request.num_prompt_tokens
     texts = len(request.presentation) + len(request.params.grammar)
     return Size(num_tokens, 8 * num_tokens + texts + _REQUEST_BYTES)
 

@@ -150,6 +150,11 @@ class Entry:
         return len(self.request.prompt) + len(self.output)
 
     @property
+    def num_answer_tokens(self) -> int:
+        """Of the output, what is not the client's prompt said again."""
+        return max(0, len(self.output) - len(self.request.params.echoed))
+
+    @property
     def num_kept(self) -> int:
         """What it takes to keep it, as a number of tokens of four bytes."""
         return self.num_tokens + (len(self.request.presentation) + len(self.vector)) // 4

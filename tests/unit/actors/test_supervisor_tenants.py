@@ -119,6 +119,16 @@ def test_what_is_used_is_counted_for_each_tenant_and_day() -> None:
     assert used(stage, "a")[0][:5] == (TODAY, 2, 6, 0, 4)
 
 
+def test_a_prompt_that_is_said_again_is_a_prompt_and_no_output() -> None:
+    stage = tenants(a=TenantPolicy())
+    plain = of("a", 1)
+    params = replace(plain.params, echoed=(4, 5, 6), max_tokens=plain.params.max_tokens + 3)
+    submit(stage, of("a", 1, params=params))
+    finish(stage, 1, 4, 5, 6, 7)
+    [day] = used(stage, "a")
+    assert day[:5] == (TODAY, 1, len(plain.prompt) + 3, 0, 1)
+
+
 def test_usage_outlives_the_supervisor_and_nothing_counts_twice() -> None:
     stage = tenants(a=TenantPolicy())
     submit(stage, of("a", 1), of("a", 2))
