@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from understudy.actors.gateway import ANSWER_WITHIN_S, HOPE_S, NOBODY, Gateway
+from tests.unit.actors.gateway_stage import STATE, Listener, Stage, joined_stage, request, row
+from understudy.actors.gateway import ANSWER_WITHIN_S, HOPE_S, NOBODY
 from understudy.protocol.errors import (
     AlreadySubmitted,
     InternalError,
@@ -19,7 +20,6 @@ from understudy.protocol.messages import (
     Assign,
     Attach,
     Cancel,
-    ClusterState,
     Deliver,
     Duplicate,
     EndGroup,
@@ -29,7 +29,6 @@ from understudy.protocol.messages import (
     HeldRequest,
     Hello,
     Lookup,
-    Message,
     Pulse,
     Reclaim,
     Rejected,
@@ -39,86 +38,14 @@ from understudy.protocol.messages import (
     Timelines,
     Welcome,
 )
-from understudy.protocol.request import FinishReason, Request, SamplingParams, TokenRow
+from understudy.protocol.request import FinishReason
 from understudy.runtime.kit.actor import SUPERVISOR, CloseSession, Effect, OpenSession, Send
 from understudy.runtime.kit.membership import SUPERVISOR_SILENT_S
-
-PARAMS = SamplingParams(seed=1, max_tokens=10)
-STATE = ClusterState(2, 2, 2048)
-
-
-def request(request_id: int) -> Request:
-    return Request(request_id, request_id, (1, 2, 3), PARAMS)
-
-
-def row(request_id: int, position: int, *tokens: int, finish: int = 0) -> TokenRow:
-    return TokenRow(request_id, 1, position, tokens, 0, finish)
-
-
-class Listener:
-    """A sink that keeps what it hears, and insists on hearing nothing after the end."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.engines: list[str] = []
-        self.finish = 0
-        self.error: RequestError | None = None
-        self.on_deliver: Callable[[], None] = lambda: None
-
-    @property
-    def has_ended(self) -> bool:
-        return bool(self.finish) or self.error is not None
-
-    def deliver(self, row: TokenRow, engine: str) -> None:
-        assert not self.has_ended
-        self.tokens += row.tokens
-        self.engines.append(engine)
-        self.finish = row.finish
-        self.on_deliver()
-
-    def fail(self, error: RequestError) -> None:
-        assert not self.has_ended
-        self.error = error
-
-
-class Stage:
-    """A gateway, and what it sends."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.gateway = Gateway("gateway-0", pid=41, model="demo", address="127.0.0.1:80")
-
-    def turn(self, *messages: Message, after_s: float = 0.0) -> list[Effect]:
-        self.now += after_s
-        for message in messages:
-            self.gateway.handle(message, SUPERVISOR, self.now)
-        self.gateway.decide(self.now)
-        return self.gateway.outbox.take()
-
-    def said(self, *messages: Message, after_s: float = 0.0) -> list[Message]:
-        """One turn; gives the messages sent, signs of life left out."""
-        effects = self.turn(*messages, after_s=after_s)
-        sent = [effect.message for effect in effects if isinstance(effect, Send)]
-        return [message for message in sent if not isinstance(message, Pulse)]
-
-    def submit(self, request_id: int) -> Listener:
-        listener = Listener()
-        self.gateway.submit(request(request_id), listener, self.now)
-        return listener
-
-    def submit_accepted(self, request_id: int) -> Listener:
-        listener = self.submit(request_id)
-        assert self.said(Accepted(request_id)) == [Submit(request(request_id))]
-        return listener
 
 
 @pytest.fixture
 def stage() -> Stage:
-    """A gateway with a session of epoch 5."""
-    stage = Stage()
-    stage.turn()
-    stage.turn(Welcome(5), STATE)
-    return stage
+    return joined_stage()
 
 
 def test_it_says_who_it_is_and_where_it_listens() -> None:
@@ -333,75 +260,6 @@ def test_with_the_next_session_the_open_requests_go_on(
     assert (running.tokens, running.finish) == ([7, 8, 9], FinishReason.LENGTH)
     assert ended.tokens == [5]
     assert isinstance(unanswered.error, InternalError)
-
-
-def test_a_parked_listener_is_told_nothing_until_it_asks_for_what_it_missed(stage: Stage) -> None:
-    slow, quick = stage.submit_accepted(1), Listener()
-    stage.gateway.attach(1, quick, 0)
-    stage.turn(Deliver((row(1, 0, 5),)))
-    stage.gateway.park(1, slow)
-    stage.turn(Deliver((row(1, 1, 6),)), Deliver((row(1, 2, 7),)))
-    assert (slow.tokens, quick.tokens) == ([5], [5, 6, 7])
-    stage.gateway.unpark(1, slow)
-    assert stage.said() == [Attach(1, 1)]
-    stage.turn(Deliver((row(1, 1, 6, 7, 8, finish=FinishReason.STOP),)))
-    assert (slow.tokens, slow.finish) == ([5, 6, 7, 8], FinishReason.STOP)
-    assert (quick.tokens, quick.finish) == ([5, 6, 7, 8], FinishReason.STOP)
-    assert stage.gateway.num_open == 0
-
-
-def test_a_parked_listener_asks_for_what_it_missed_when_its_request_has_ended(stage: Stage) -> None:
-    slow, quick = stage.submit_accepted(1), Listener()
-    stage.gateway.attach(1, quick, 0)
-    stage.gateway.park(1, slow)
-    assert Attach(1, 0) in stage.said(Deliver((row(1, 0, 5, 6, finish=FinishReason.STOP),)))
-    assert (quick.tokens, quick.finish) == ([5, 6], FinishReason.STOP)
-    assert (slow.tokens, slow.finish) == ([], 0)
-    stage.turn(Deliver((row(1, 0, 5, 6, finish=FinishReason.STOP),)))
-    assert (slow.tokens, slow.finish) == ([5, 6], FinishReason.STOP)
-    stage.gateway.unpark(1, slow)
-    assert stage.said() == []
-    assert stage.gateway.num_open == 0
-
-
-@pytest.mark.parametrize("end", ["cancel", "leave"])
-def test_nothing_is_kept_of_a_parked_listener_who_goes(stage: Stage, end: str) -> None:
-    listeners = [stage.submit_accepted(1), stage.submit_accepted(2)]
-    for number, listener in enumerate(listeners, 1):
-        stage.gateway.park(number, listener)
-    stage.turn(Deliver((row(1, 0, 5, finish=FinishReason.STOP),)))
-    for number, listener in enumerate(listeners, 1):
-        getattr(stage.gateway, end)(number, listener)
-    # Who only leaves has the other request go on.
-    assert stage.gateway.num_open == (1 if end == "leave" else 0)
-
-
-def test_what_a_parked_listener_missed_is_not_lost_with_the_session(stage: Stage) -> None:
-    listener = stage.submit_accepted(1)
-    stage.turn(Deliver((row(1, 0, 5),)))
-    stage.gateway.park(1, listener)
-    stage.turn(Deliver((row(1, 1, 6),)))
-    stage.turn(Fenced(5))
-    assert Reclaim((HeldRequest(1, 1),)) in stage.said(Welcome(6))
-    stage.turn(Deliver((row(1, 1, 6, 7),)))
-    assert listener.tokens == [5]
-    stage.gateway.unpark(1, listener)
-    stage.turn(Deliver((row(1, 1, 6, 7, 8),)))
-    assert listener.tokens == [5, 6, 7, 8]
-
-
-def test_a_parked_listener_hears_of_a_failure_after_what_came_before_it(stage: Stage) -> None:
-    parked, other = stage.submit_accepted(1), Listener()
-    stage.gateway.attach(1, other, 0)
-    stage.turn(Deliver((row(1, 0, 5),)))
-    stage.gateway.park(1, parked)
-    stage.turn(Deliver((row(1, 1, 6),)))
-    assert stage.said(Failed(1, "x", "late")) == [Attach(1, 1)]
-    assert (other.tokens, other.error is None) == ([5, 6], False)
-    assert (parked.tokens, parked.error) == ([5], None)
-    stage.turn(Deliver((row(1, 1, 6),)), Failed(1, "x", "late"))
-    assert (parked.tokens, parked.error is None) == ([5, 6], False)
-    assert stage.gateway.num_open == 0
 
 
 def test_a_request_may_have_several_listeners_each_from_its_own_position(stage: Stage) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.http_harness import CHAT, COMPLETIONS, HELLO, NOW, Harness, error_of, serving
 from tests.tiny_models import write_model
-from tests.unit.actors.test_gateway import Listener, Stage, request
+from tests.unit.actors.gateway_stage import Listener, Stage, request
 from understudy.protocol.errors import DeadlineExceeded, Overloaded, RateLimited
 from understudy.protocol.messages import Failed, Message, Submit, UsageReply, UsageRequest, Welcome
 from understudy.protocol.request import FinishReason
