@@ -287,7 +287,7 @@ class Dispatcher:
             entry = self._ledger.get(request_id)
             assert entry is not None
             if request_id in suspects and self.quarantine.record_death(
-                request_id, was_alone=len(suspects) == 1
+                request_id, was_alone=len(suspects) == 1, is_proven=bool(entry.output)
             ):
                 self.totals.quarantined += 1
                 self.quarantine.convict(fingerprint(entry.request), now)

@@ -7,6 +7,10 @@ the engine dies of it, the request is convicted: it ends with an error that says
 help, and its fingerprint (what it asks, not who it is) is remembered, so that the same request does
 not start over under another name. Whoever was in too many fatal steps is convicted in any case, so
 that nothing goes on for ever. Everyone else just goes on.
+
+Engines also die of what has nothing to do with requests, and then by chance in the step of a
+suspect: with many suspects one after another that is no small chance. What a request asks shows in
+its first step. So one that has come through steps before has to be alone in two fatal ones.
 """
 
 from __future__ import annotations
@@ -25,15 +29,21 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._fatal_steps: dict[int, int] = {}
-        self._suspects: set[int] = set()
+        self._suspects: dict[int, int] = {}
+        """In how many fatal steps each has been alone since it is one."""
         self._convicted: OrderedDict[bytes, float] = OrderedDict()
 
-    def record_death(self, request_id: int, *, was_alone: bool) -> bool:
-        """An engine died in a step of this request; whether that convicts it."""
+    def record_death(self, request_id: int, *, was_alone: bool, is_proven: bool) -> bool:
+        """An engine died in a step of this request; whether that convicts it.
+
+        ``is_proven``: it has come through a step before.
+        """
         self._fatal_steps[request_id] = self._fatal_steps.get(request_id, 0) + 1
-        if was_alone and request_id in self._suspects:
+        was_suspect = request_id in self._suspects
+        times_alone = self._suspects.get(request_id, 0) + (was_alone and was_suspect)
+        self._suspects[request_id] = times_alone
+        if times_alone >= (2 if is_proven else 1):
             return True
-        self._suspects.add(request_id)
         return self._fatal_steps[request_id] >= FATAL_STEPS_MAX
 
     def is_suspect(self, request_id: int) -> bool:
@@ -42,7 +52,7 @@ class Quarantine:
 
     def lift(self, request_id: int) -> None:
         """The request's step has ended well: it was somebody else."""
-        self._suspects.discard(request_id)
+        self._suspects.pop(request_id, None)
 
     def convict(self, fingerprint: bytes, now: float) -> None:
         """Remember what a convicted request asked."""
@@ -63,4 +73,4 @@ class Quarantine:
     def forget(self, request_id: int) -> None:
         """The request has ended."""
         self._fatal_steps.pop(request_id, None)
-        self._suspects.discard(request_id)
+        self._suspects.pop(request_id, None)
