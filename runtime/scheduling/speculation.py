@@ -247,7 +247,7 @@ class _Choice(NamedTuple):
 
     found: list[int]
     found_depth: int
-    asked: list[int]
+    asked: list[EngineSequence]
     asked_depth: int
     rate: float
 
@@ -305,11 +305,7 @@ class Speculator:
         self._looked_up = set(chosen.found) if chosen.found_depth else set()
         drafts = {number: found[number][: chosen.found_depth] for number in self._looked_up}
         if self._drafter is not None and chosen.asked_depth:
-            asked = {
-                s: min(chosen.asked_depth, room)
-                for s, room in rooms.items()
-                if s.request_id in chosen.asked
-            }
+            asked = {s: min(chosen.asked_depth, rooms[s]) for s in chosen.asked}
             num_unread = sum(map(self._drafter.num_unread, asked))
             answered = self._drafter.propose([(s, asked.get(s, 0)) for s in rooms])
             if answered:  # perhaps not by all: where there is no room nothing is read either
@@ -351,16 +347,16 @@ class Speculator:
         Either what was found is all there is, or the drafter is asked besides: then also where
         something was found that is less likely to come true than what the drafter would say.
         """
-        without = self._best_depths(num_ready, list(found), [])
-        if self._drafter is None:
-            return without
-        believed = [
-            number for number in found if self._found.of(number)[0] >= self._asked.of(number)[0]
-        ]
-        others = [s for s in sequences if s.request_id not in believed]
-        chosen = self._best_depths(num_ready, believed, others)
-        if self._costs is not None and chosen.rate <= without.rate:
-            chosen = without
+        chosen = self._best_depths(num_ready, list(found), [])
+        others: list[EngineSequence] = []
+        if self._drafter is not None:
+            believed = {
+                number for number in found if self._found.of(number)[0] >= self._asked.of(number)[0]
+            }
+            others = [s for s in sequences if s.request_id not in believed]
+            besides = self._best_depths(num_ready, list(believed), others)
+            if self._costs is None or besides.rate > chosen.rate:
+                chosen = besides
         for number in found.keys() - set(chosen.found if chosen.found_depth else ()):
             self._found.revive(number)
         if self._costs is not None and not chosen.asked_depth:
@@ -377,15 +373,15 @@ class Speculator:
 
         One is chosen after the other, what costs nothing first.
         """
-        asked = [sequence.request_id for sequence in others]
         if self._costs is None:
-            return _Choice(found, self._depth_max, asked, self._depth_max if others else 0, 0.0)
+            return _Choice(found, self._depth_max, others, self._depth_max if others else 0, 0.0)
         work = _Work(num_ready, float(num_ready))
         found_depth, work = self._deepen(num_ready, work, found, self._found)
+        asked = [sequence.request_id for sequence in others]
         asked_depth, work = self._deepen(
             num_ready, work, asked, self._asked, self._costs.draft, self._reading_s(others)
         )
-        return _Choice(found, found_depth, asked, asked_depth, self._rate(num_ready, work))
+        return _Choice(found, found_depth, others, asked_depth, self._rate(num_ready, work))
 
     def _deepen(
         self,

@@ -193,6 +193,16 @@ def test_who_was_given_up_is_tried_again_some_day() -> None:
     assert 0 < sum(depth > 0 for depth in depths) < 40
 
 
+def test_what_is_looked_up_and_was_given_up_is_tried_again_without_a_drafter_too() -> None:
+    costs = Costs(StepCosts(CostTable([(1, 0.01), (8, 0.045)])))
+    speculator = Speculator(Finder(1), drafter=None, depth_max=1, costs=costs)
+    sequence = make_sequence([1, 2])
+    for _ in range(60):
+        play(speculator, sequence, accepted=0, token_s=0.005)
+    depths = [play(speculator, sequence, accepted=0, token_s=0.005) for _ in range(1000)]
+    assert 0 < sum(depths) < 100
+
+
 def test_a_dear_drafter_guesses_less_far_than_a_free_one() -> None:
     costs = CostTable([(1, 0.006)])
     free, dear = free_steps(), free_steps()._replace(draft=DraftCosts(costs, costs, costs))
