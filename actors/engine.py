@@ -33,7 +33,14 @@ from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.membership import Membership, MembershipChange
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
-from understudy.runtime.scheduling.decision import OutOfMemory, Runner, StepPlan
+from understudy.runtime.scheduling.decision import (
+    Draws,
+    Flight,
+    OutOfMemory,
+    OverlappingRunner,
+    Runner,
+    StepPlan,
+)
 from understudy.runtime.scheduling.scheduler import NO_DRAFTS, Scheduler, SchedulerConfig
 from understudy.runtime.scheduling.sequence import Sequence
 from understudy.runtime.scheduling.speculation import Speculator
@@ -99,6 +106,39 @@ class _Output:
         return (self.sequence.num_cached_tokens or 0) if has_first else 0
 
 
+class _Done(NamedTuple):
+    """A step that is over."""
+
+    draws: Draws
+
+    def collect(self) -> Draws:
+        """See ``Flight``."""
+        return self.draws
+
+
+class _InTurn(NamedTuple):
+    """A runner that comes back from a step when it is over."""
+
+    runner: Runner
+
+    @property
+    def overlaps(self) -> bool:
+        """See ``OverlappingRunner``."""
+        return False
+
+    def launch(self, plan: StepPlan) -> Flight:
+        """See ``OverlappingRunner``."""
+        return _Done(self.runner.execute(plan))
+
+
+class _Step(NamedTuple):
+    """A step under way."""
+
+    plan: StepPlan
+    flight: Flight
+    begun_at: float
+
+
 class _Ended(NamedTuple):
     """An output that is complete, and since when."""
 
@@ -122,8 +162,14 @@ class Engine:
         clock: Clock,
     ) -> None:
         self.outbox = Outbox()
-        self._runner = runner
+        self._runner: OverlappingRunner = (
+            runner if isinstance(runner, OverlappingRunner) else _InTurn(runner)
+        )
         self._speculator = speculator
+        # A guess begins behind the last token, so that one has to be known first.
+        self._overlaps = self._runner.overlaps and speculator is None
+        self._under_way: _Step | None = None
+        """The step that the device computes between two turns."""
         self._card = card
         self._clock = clock
         self._step = 0
@@ -149,7 +195,7 @@ class Engine:
     @property
     def wake_at(self) -> float | None:
         """At once while there is work, unless the device has to be given time."""
-        if not self._scheduler.has_work:
+        if self._under_way is None and not self._scheduler.has_work:
             return self._membership.wake_at
         return min(max(self._clock.now(), self._pause_until), self._membership.wake_at)
 
@@ -172,18 +218,22 @@ class Engine:
         self._change(self._membership.leave(now), now)
 
     def decide(self, now: float) -> None:
-        """Run one step, if there is work, and report it."""
+        """Run one step, if there is work, and report it.
+
+        Where the device can compute by itself, the next step is launched before that: it has
+        work while this one is taken in, reported and told.
+        """
         self._change(self._membership.decide(now), now)
         if self._alone_since is not None and now >= self._alone_since + ABANDONED_AFTER_S:
             self._drop_all()
         if now < self._pause_until:
             return
         self._end_late(now)
-        plan = self._scheduler.schedule(self._drafts())
-        if plan is None:
-            self._stepped_at = None
-        else:
-            self._report(self._run(plan))
+        step = self._under_way or self._begin_next()
+        if step is None:
+            return
+        self._under_way = self._begin_ahead()
+        self._report(self._end(step))
 
     def heartbeat(self, now: float) -> Heartbeat:
         """What the engine is doing. Called from another thread, and changes nothing."""
@@ -222,27 +272,60 @@ class Engine:
         self._enter("idle")
         return drafts
 
-    def _run(self, plan: StepPlan) -> list[TokenRow]:
-        """Carry out a step."""
-        self._enter("step")
-        self._card.enter([scheduled.sequence.request_id for scheduled in plan.scheduled])
+    def _begin_next(self) -> _Step | None:
+        """Launch the next step, if there is one and it fits."""
+        plan = self._scheduler.schedule(self._drafts())
+        if plan is None:
+            self._stepped_at = None
+            return None
+        self._begin_phase_of(plan)
         begun_at = self._clock.now()
         try:
-            draws = self._runner.execute(plan)
-            if self._speculator is not None:
-                self._stepped_at = self._clock.now()
-                self._speculator.note(plan, draws, self._stepped_at - begun_at)
-            rows = self._scheduler.update(plan, draws)
+            return _Step(plan, self._runner.launch(plan), begun_at)
         except OutOfMemory:
             self._scheduler.shed(plan)
             self._num_shed += 1
+            self._step += 1
             pause_s = SHED_PAUSE_S * 2.0 ** min(self._scheduler.num_sheds_in_a_row, 16)
             self._pause_until = self._clock.now() + min(pause_s, SHED_PAUSE_MAX_S)
-            rows = []
-        self._card.leave()
+        self._end_phase()
+        return None
+
+    def _begin_ahead(self) -> _Step | None:
+        """Launch the step behind the one that is under way, if there can be one already.
+
+        The requests of that step are on the card: all of this one are among them.
+        """
+        plan = self._scheduler.schedule_ahead() if self._overlaps else None
+        if plan is None:
+            return None
+        try:
+            return _Step(plan, self._runner.launch(plan), self._clock.now())
+        except OutOfMemory:
+            self._scheduler.withdraw_ahead()
+            return None
+
+    def _end(self, step: _Step) -> list[TokenRow]:
+        """Take in what a step drew."""
+        draws = step.flight.collect()
+        if self._speculator is not None:
+            self._stepped_at = self._clock.now()
+            self._speculator.note(step.plan, draws, self._stepped_at - step.begun_at)
+        rows = self._scheduler.update(step.plan, draws)
         self._step += 1
-        self._enter("idle")
+        if self._under_way is None:
+            self._end_phase()
+        else:
+            self._begin_phase_of(self._under_way.plan)
         return rows
+
+    def _begin_phase_of(self, plan: StepPlan) -> None:
+        self._enter("step")
+        self._card.enter([scheduled.sequence.request_id for scheduled in plan.scheduled])
+
+    def _end_phase(self) -> None:
+        self._card.leave()
+        self._enter("idle")
 
     def _report(self, rows: list[TokenRow]) -> None:
         """Tell the supervisor what a step made, now or with the next inventory."""

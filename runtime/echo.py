@@ -11,19 +11,42 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Collection
-from typing import Final
+from typing import Final, NamedTuple
 
 from understudy.protocol.request import SEED_MASK, Pooling, SamplingParams, TokenLogprobs
 from understudy.runtime.kit.clock import Clock
-from understudy.runtime.scheduling.decision import Draw, Draws, Pooled, SampledToken, StepPlan
+from understudy.runtime.scheduling.decision import (
+    Draw,
+    Draws,
+    Flight,
+    Pooled,
+    SampledToken,
+    StepPlan,
+)
 from understudy.runtime.scheduling.sequence import Sequence
 from understudy.runtime.scheduling.thinking import advance, forced_token
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 
 
+class _EchoFlight(NamedTuple):
+    """A step whose time has yet to pass."""
+
+    runner: EchoRunner
+    plan: StepPlan
+
+    def collect(self) -> Draws:
+        """See ``Flight``."""
+        return self.runner.execute(self.plan)
+
+
 class EchoRunner:
-    """Draws uniformly from the vocabulary less its reserved ids, a step every ``step_s``."""
+    """Draws uniformly from the vocabulary less its reserved ids, a step every ``step_s``.
+
+    It lets an engine overlap its steps, as a GPU does.
+    """
+
+    overlaps: Final = True
 
     def __init__(
         self,
@@ -39,6 +62,10 @@ class EchoRunner:
         self._tokens = [token for token in range(vocab_size) if token not in set(reserved)]
         self._logprob = -math.log(len(self._tokens))
         self._step_s = step_s
+
+    def launch(self, plan: StepPlan) -> Flight:
+        """Begin a step: it draws what ``execute`` draws when those before it are over."""
+        return _EchoFlight(self, plan)
 
     def execute(self, plan: StepPlan) -> Draws:
         """Draw a token for each sequence that samples, and let the step's time pass."""

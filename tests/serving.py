@@ -11,6 +11,7 @@ from understudy.runtime.grammar_masks import GrammarMasks
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
+from understudy.runtime.scheduling.decision import Flight, StepPlan
 from understudy.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from understudy.runtime.scheduling.sequence import Sequence
 from understudy.runtime.scheduling.speculation import Speculator
@@ -33,6 +34,8 @@ class Service:
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     """Of all prompts, together."""
+    num_steps_ahead: int = 0
+    """Steps that were launched before the one before them was over."""
 
 
 def request_of(request_id: int, prompt: Iterable[int], params: SamplingParams) -> Request:
@@ -51,6 +54,7 @@ def serve(
     at_once: bool = True,
     speculator: Speculator | None = None,
     grammar_masks: GrammarMasks | None = None,
+    overlaps: bool = False,
 ) -> Service:
     """Serve requests to their ends, all of them there from the start, or one after another."""
     config = SchedulerConfig(
@@ -70,16 +74,23 @@ def serve(
     )
     service = Service()
     waiting = deque(requests)
-    while waiting or scheduler.has_work:
+    under_way: tuple[StepPlan, Flight] | None = None
+    while waiting or scheduler.has_work or under_way is not None:
         while waiting and (at_once or not scheduler.has_work):
             request = waiting.popleft()
             service.served[request.request_id] = Served()
             scheduler.add(Sequence(request, attempt=0))
-        drafts = {} if speculator is None else speculator.propose(scheduler.running)
-        plan = scheduler.schedule(drafts)
-        assert plan is not None
-        service.num_preemptions += len(plan.preempted)
-        draws = runner.execute(plan)
+        if under_way is None:
+            drafts = {} if speculator is None else speculator.propose(scheduler.running)
+            plan = scheduler.schedule(drafts)
+            assert plan is not None
+            service.num_preemptions += len(plan.preempted)
+            under_way = plan, runner.launch(plan)
+        plan, flight = under_way
+        ahead = scheduler.schedule_ahead() if overlaps else None
+        under_way = None if ahead is None else (ahead, runner.launch(ahead))
+        service.num_steps_ahead += ahead is not None
+        draws = flight.collect()
         if speculator is not None:
             speculator.note(plan, draws, 0.01)
         for row in scheduler.update(plan, draws):

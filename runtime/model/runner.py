@@ -12,7 +12,7 @@ nothing of queues, priorities or requests' ends: those are the scheduler's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,11 +27,14 @@ from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.noise import noise_key, signed
 from understudy.runtime.model.operations import has_kernels
 from understudy.runtime.model.pooling import Pooler
-from understudy.runtime.model.sampler import Sampler, SamplingRow
+from understudy.runtime.model.sampler import Drawing, Drawn, Sampler, SamplingRow
+from understudy.runtime.model.transfer import to_device
 from understudy.runtime.model.transformer import Batch, GuessedDraws, Transformer
 from understudy.runtime.scheduling.decision import (
+    Draw,
     Draws,
     EngineFault,
+    Flight,
     NoDraw,
     OutOfMemory,
     Pooled,
@@ -50,6 +53,86 @@ class _Computed(NamedTuple):
 
     logits: Tensor | None
     pooled: Mapping[int, Pooled]
+
+
+class _Drawer(NamedTuple):
+    """A sequence that draws."""
+
+    share: ScheduledSequence
+    allowed: Allowed | NoDraw | None
+
+    def rows(self, *, is_ahead: bool) -> list[SamplingRow]:
+        """What the sampler must know to draw at its end, and at the end of its draft."""
+        sequence, _, draft = self.share
+        params = sequence.params
+        # What is echoed is the client's prompt: behind it, draws are those that there would be
+        # anyway.
+        num_prompt_tokens = sequence.num_prompt_tokens + len(params.echoed)
+        known: Allowed = self.allowed if isinstance(self.allowed, tuple) else ()
+        rows = []
+        for length, mask in zip_longest(range(len(draft) + 1), known):
+            token_ids: list[int] = sequence.token_ids
+            if length:
+                token_ids = [*token_ids, *draft[:length]]
+            rows.append(SamplingRow(params, token_ids, num_prompt_tokens, mask, int(is_ahead)))
+        return rows
+
+    def draws(self, drawn: Drawn) -> tuple[SampledToken, ...] | NoDraw | None:
+        """What counts of its rows; ``None`` if one of these is not finite."""
+        draft, allowed = self.share.draft, self.allowed
+        # Behind a drafted token that the grammar refuses there is no mask, and nothing counts.
+        most = len(allowed) - 1 if isinstance(allowed, tuple) else len(draft)
+        last = 0
+        while last < most and drawn.tokens[last].token_id == draft[last]:
+            last += 1
+        if not all(drawn.is_finite[: last + 1]):
+            return None
+        return allowed if isinstance(allowed, NoDraw) else tuple(drawn.tokens[: last + 1])
+
+
+class _Latest(NamedTuple):
+    """What the step that was launched last draws."""
+
+    request_ids: list[int]
+    drawing: Drawing
+
+    def token_ids(self, plan: StepPlan) -> Tensor:
+        """The tokens of a plan's sequences, on the device; nobody may know them yet."""
+        request_ids = [share.sequence.request_id for share in plan.scheduled]
+        tokens = self.drawing.token_ids
+        if request_ids == self.request_ids:
+            return tokens
+        places = {request_id: place for place, request_id in enumerate(self.request_ids)}
+        index = np.array([places[request_id] for request_id in request_ids])
+        return tokens.index_select(0, to_device(index, tokens.device))
+
+
+class _Flight:
+    """A step that was launched: what it draws, or has drawn."""
+
+    def __init__(
+        self, pooled: Mapping[int, Pooled], drawers: Sequence[_Drawer], drawing: Drawing | None
+    ) -> None:
+        self._pooled = pooled
+        self._drawers = drawers
+        self._drawing = drawing
+
+    def collect(self) -> Draws:
+        """See ``Flight``."""
+        if self._drawing is None:
+            return self._pooled
+        tokens, is_finite = self._drawing.collect()
+        if len(is_finite) > 1 and not any(is_finite):
+            raise EngineFault(f"no logits of {len(is_finite)} sequences are finite")
+        draws: dict[int, Draw] = {**self._pooled}
+        first = 0
+        for drawer in self._drawers:
+            end = first + len(drawer.share.draft) + 1
+            drawn = drawer.draws(Drawn(tokens[first:end], is_finite[first:end]))
+            if drawn is not None:
+                draws[drawer.share.sequence.request_id] = drawn
+            first = end
+        return draws
 
 
 class ModelRunner:
@@ -75,57 +158,48 @@ class ModelRunner:
         self._pooler = Pooler(model.normalise)
         self._sampler = Sampler(model.vocab_size, model.device)
         self._graphs = _decode_graphs(model, self._cache)
+        self._latest: _Latest | None = None
 
     @property
     def cache(self) -> KVCache:
         """The tensors that hold every computed token's keys and values."""
         return self._cache
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the device goes on by itself once a step is launched."""
+        return self._graphs is not None
+
     def execute(self, plan: StepPlan) -> Draws:
         """Compute the plan's tokens; the draws of each sequence that ``samples``."""
-        if not plan.scheduled:
-            return {}
-        with telling_out_of_memory(), torch.inference_mode():
-            return self._execute(plan)
+        return self.launch(plan).collect()
 
-    def _execute(self, plan: StepPlan) -> Draws:
+    def launch(self, plan: StepPlan) -> Flight:
+        """Have the plan's tokens computed; two steps may be under way at once."""
+        if not plan.scheduled:
+            return _Flight({}, (), None)
+        with telling_out_of_memory(), torch.inference_mode():
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> Flight:
         if self._grammar_masks is not None:
             self._grammar_masks.begin(plan.scheduled)
         logits, pooled = self._compute(plan)
-        return pooled if logits is None else {**pooled, **self._draw(plan, logits)}
-
-    def _draw(self, plan: StepPlan, logits: Tensor) -> Draws:
-        """Draw from logits, a row for each sequence that draws and one for each drafted token."""
-        is_finite = self._sampler.are_finite(logits)
-        if len(is_finite) > 1 and not any(is_finite):
-            raise EngineFault(f"no logits of {len(is_finite)} sequences are finite")
-        sampled = [scheduled for scheduled in plan.scheduled if scheduled.draws]
+        if logits is None:
+            return _Flight(pooled, (), None)
+        sampled = _drawing(plan)
         masks: Mapping[int, Masks | NoDraw] = {}
         if self._grammar_masks is not None:
             masks = self._grammar_masks.collect(sampled)
-        allowances = [
-            allowed_tokens(scheduled, masks.get(scheduled.sequence.request_id))
-            for scheduled in sampled
+        drawers = [
+            _Drawer(share, allowed_tokens(share, masks.get(share.sequence.request_id)))
+            for share in sampled
         ]
-        rows = [
-            row
-            for scheduled, allowed in zip(sampled, allowances, strict=True)
-            for row in _sampling_rows(scheduled, allowed)
-        ]
-        tokens = self._sampler.sample(logits, rows)
-        draws: dict[int, tuple[SampledToken, ...] | NoDraw] = {}
-        first = 0
-        for (sequence, _, draft), allowed in zip(sampled, allowances, strict=True):
-            # Behind a drafted token that the grammar refuses there is no mask, and nothing counts.
-            most = len(allowed) - 1 if isinstance(allowed, tuple) else len(draft)
-            last = first
-            while last - first < most and tokens[last].token_id == draft[last - first]:
-                last += 1
-            if all(is_finite[first : last + 1]):
-                drawn = tuple(tokens[first : last + 1])
-                draws[sequence.request_id] = allowed if isinstance(allowed, NoDraw) else drawn
-            first += len(draft) + 1
-        return draws
+        rows = [row for drawer in drawers for row in drawer.rows(is_ahead=plan.is_ahead)]
+        self._latest = _Latest(
+            [share.sequence.request_id for share in sampled], self._sampler.draw(logits, rows)
+        )
+        return _Flight(pooled, drawers, self._latest.drawing)
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens; ``[plan.num_tokens, hidden_size]``, in plan order."""
@@ -143,7 +217,8 @@ class ModelRunner:
     def _compute(self, plan: StepPlan) -> _Computed:
         self._cache.copy_blocks(plan.copies)
         decoded = self._decode(plan)
-        if decoded is not None and all(scheduled.draws for scheduled in plan.scheduled):
+        drawing = _drawing(plan)
+        if decoded is not None and len(drawing) == len(plan.scheduled):
             return _Computed(decoded.logits, {})
         hidden = self._forward(plan) if decoded is None else decoded.hidden
         pooled = self._pooler.pool(plan.scheduled, hidden)
@@ -151,11 +226,11 @@ class ModelRunner:
         num_rows = 0
         for scheduled in plan.scheduled:
             num_rows += scheduled.num_tokens
-            if scheduled.draws:
+            if plan.is_ahead or scheduled.draws:
                 last_rows += range(num_rows - 1 - len(scheduled.draft), num_rows)
         if not last_rows:
             return _Computed(None, pooled)
-        index = torch.tensor(last_rows, device=self._model.device)
+        index = to_device(np.array(last_rows), self._model.device)
         return _Computed(self._model.logits(hidden.index_select(0, index)), pooled)
 
     @property
@@ -184,19 +259,28 @@ class ModelRunner:
             return self._model.guess(self._batch(scheduled), self._cache, draws)
 
     def _forward(self, plan: StepPlan) -> Tensor:
-        batch = self._batch(plan.scheduled)
+        batch = self._batch(plan.scheduled, is_ahead=plan.is_ahead)
+        if plan.is_ahead:
+            batch.token_ids[: len(plan.scheduled)] = self._undecided(plan)
         return self._model.forward(batch, self._cache)[: len(batch.slots)]
+
+    def _undecided(self, plan: StepPlan) -> Tensor:
+        assert self._latest is not None, "nothing is under way"
+        return self._latest.token_ids(plan)
 
     def _decode(self, plan: StepPlan) -> Decoded | None:
         """Compute a step of single tokens by a graph, where there are graphs."""
         if self._graphs is None or any(each.num_tokens != 1 for each in plan.scheduled):
             return None
+        spans = _spans(plan.scheduled, is_ahead=plan.is_ahead)
+        if plan.is_ahead:
+            return self._graphs.run(spans, self._undecided(plan))
         sequences = [scheduled.sequence for scheduled in plan.scheduled]
         token_ids = [each.token_ids[each.num_computed_tokens] for each in sequences]
-        return self._graphs.run(_spans(plan.scheduled), token_ids)
+        return self._graphs.run(spans, token_ids)
 
-    def _batch(self, scheduled: tuple[ScheduledSequence, ...]) -> Batch:
-        spans = _spans(scheduled)
+    def _batch(self, scheduled: tuple[ScheduledSequence, ...], *, is_ahead: bool = False) -> Batch:
+        spans = _spans(scheduled, is_ahead=is_ahead)
         num_tokens = spans[-1].start + spans[-1].num_tokens
         tiles = self._model.tiles.cut(num_tokens)
         num_rows = sum(tiles)
@@ -207,16 +291,17 @@ class ModelRunner:
         for span, (sequence, _, draft) in zip(spans, scheduled, strict=True):
             rows = slice(span.start, span.start + span.num_tokens)
             stop = span.position + span.num_tokens
-            token_ids[rows] = [*sequence.token_ids[span.position : stop - len(draft)], *draft]
+            if not is_ahead:
+                token_ids[rows] = [*sequence.token_ids[span.position : stop - len(draft)], *draft]
             positions[rows] = np.arange(span.position, stop)
             table = np.asarray(span.block_table, dtype=np.int64)
             slots[rows] = table[positions[rows] // block_size] * block_size
         slots += positions[:num_tokens] % block_size
         device = self._model.device
         return Batch(
-            token_ids=torch.from_numpy(token_ids).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            slots=torch.from_numpy(slots).to(device),
+            token_ids=to_device(token_ids, device),
+            positions=to_device(positions, device),
+            slots=to_device(slots, device),
             tiles=tiles,
             attention=self._model.attention.plan(
                 spans,
@@ -241,24 +326,6 @@ def telling_out_of_memory() -> Iterator[None]:
         raise
 
 
-def _sampling_rows(
-    scheduled: ScheduledSequence, allowed: Allowed | NoDraw | None
-) -> list[SamplingRow]:
-    """What the sampler must know to draw at the end of a sequence, and at the end of its draft."""
-    sequence = scheduled.sequence
-    params = sequence.params
-    # What is echoed is the client's prompt: behind it, draws are those that there would be anyway.
-    num_prompt_tokens = sequence.num_prompt_tokens + len(params.echoed)
-    known: Allowed = allowed if isinstance(allowed, tuple) else ()
-    rows = []
-    for length, mask in zip_longest(range(len(scheduled.draft) + 1), known):
-        token_ids: list[int] = sequence.token_ids
-        if length:
-            token_ids = [*token_ids, *scheduled.draft[:length]]
-        rows.append(SamplingRow(params, token_ids, num_prompt_tokens, mask))
-    return rows
-
-
 def _decode_graphs(model: Transformer, cache: KVCache) -> DecodeGraphs | None:
     if not has_kernels(model.device):
         return None
@@ -267,11 +334,17 @@ def _decode_graphs(model: Transformer, cache: KVCache) -> DecodeGraphs | None:
     return DecodeGraphs(model, cache)
 
 
-def _spans(scheduled: tuple[ScheduledSequence, ...]) -> list[Span]:
+def _drawing(plan: StepPlan) -> list[ScheduledSequence]:
+    """The shares at whose ends tokens are drawn."""
+    return [share for share in plan.scheduled if plan.is_ahead or share.draws]
+
+
+def _spans(scheduled: tuple[ScheduledSequence, ...], *, is_ahead: bool = False) -> list[Span]:
     spans: list[Span] = []
     start = 0
     for sequence, num_tokens, _ in scheduled:
-        position = sequence.num_computed_tokens
+        # The token before the one that is still being drawn is computed with it under way.
+        position = sequence.num_computed_tokens + is_ahead
         spans.append(Span(start, num_tokens, position, sequence.block_table))
         start += num_tokens
     return spans

@@ -27,6 +27,7 @@ from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.native.sampling import Draw, likeliest, may_win
 from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
 from understudy.runtime.model.operations import has_kernels
+from understudy.runtime.model.transfer import HostCopy
 from understudy.runtime.scheduling.decision import SampledToken
 
 _GREEDY_TEMPERATURE: Final = 1e-5
@@ -48,11 +49,14 @@ class SamplingRow(NamedTuple):
     num_prompt_tokens: int
     mask: bytes | None = None
     """What its grammar allows: a bit for each token, the lowest of each byte first."""
+    num_unknown: int = 0
+    """Tokens behind these that are still being drawn. Then nothing that looks at tokens is asked
+    of the row."""
 
     @property
     def position(self) -> int:
         """Index in the output of the token to draw."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) + self.num_unknown - self.num_prompt_tokens
 
     @property
     def is_greedy(self) -> bool:
@@ -79,6 +83,40 @@ class SamplingRow(NamedTuple):
         return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
+class Drawn(NamedTuple):
+    """What came of some rows of logits."""
+
+    tokens: list[SampledToken]
+    is_finite: list[bool]
+    """Whether a row's numbers, but for forbidden ones, are finite; else its token means nothing."""
+
+
+class Drawing:
+    """Tokens that a device draws: it can go on with them before they are known here."""
+
+    def __init__(
+        self, rows: Rows[SamplingRow], token_ids: Tensor, is_finite: Tensor, raw: Tensor | None
+    ) -> None:
+        """``raw`` are log-probabilities, of the rows that report them, one below the other."""
+        self.token_ids = token_ids
+        """``[rows]``, int64, on the device."""
+        self._rows = rows
+        self._raw = raw
+        self._copy = HostCopy(torch.stack((token_ids, is_finite.to(torch.int64))))
+
+    def collect(self) -> Drawn:
+        """Wait for the tokens."""
+        token_ids, is_finite = self._copy.wait().tolist()
+        tokens = [SampledToken(token) for token in token_ids]
+        if self._raw is not None:
+            reported = [i for i, row in enumerate(self._rows) if row.params.logprobs is not None]
+            for index, raw in zip(reported, self._raw, strict=True):
+                num_top = self._rows[index].params.logprobs or 0
+                logprobs = _token_logprobs(raw, token_ids[index], num_top)
+                tokens[index] = SampledToken(token_ids[index], logprobs)
+        return Drawn(tokens, list(map(bool, is_finite)))
+
+
 class Sampler:
     """Draws tokens. Keeps no state between calls."""
 
@@ -92,35 +130,34 @@ class Sampler:
         self._mask_octets = torch.where(bits == 1, 0.0, -math.inf)
         """What each octet of a mask adds to its eight tokens."""
 
-    def are_finite(self, logits: Tensor) -> list[bool]:
-        """Whether the numbers of each row of ``logits``, but for forbidden ones, are finite."""
-        # A row's maximum is not finite if any of its numbers is NaN or infinite.
-        if self._library is not None:
-            peaks = likeliest(self._library, logits).values
-        else:
-            peaks = logits.amax(dim=1)
-        finite: list[bool] = peaks.isfinite().tolist()
-        return finite
-
     def sample(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[SampledToken]:
         """Draw a token for each row of ``logits`` ``[rows, vocab_size]``, float32.
 
         The logits may be changed in place.
         """
+        return self.draw(logits, rows).collect().tokens
+
+    def draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> Drawing:
+        """As ``sample``, but without waiting for a device that has more to do."""
         assert logits.shape == (len(rows), self._vocab_size)
+        is_finite = self._are_finite(logits)
         reported = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[reported].log_softmax(dim=1) if reported else None
         for index, row in enumerate(rows):
             self._adjust(logits[index], row)
         self._forbid_masked(logits, rows)
-        tokens = self._draw(logits, rows)
-        if raw is None:
-            return [SampledToken(token) for token in tokens]
-        logprobs = {
-            index: _token_logprobs(raw[at], tokens[index], rows[index].params.logprobs or 0)
-            for at, index in enumerate(reported)
-        }
-        return [SampledToken(token, logprobs.get(index)) for index, token in enumerate(tokens)]
+        if self._has_kernels:
+            token_ids = _drawn_by_kernels(logits, rows)
+        else:
+            token_ids = torch.tensor(self._draw(logits, rows))
+        return Drawing(rows, token_ids, is_finite, raw)
+
+    def _are_finite(self, logits: Tensor) -> Tensor:
+        """Whether the numbers of each row of ``logits``, but for forbidden ones, are finite."""
+        # A row's maximum is not finite if any of its numbers is NaN or infinite.
+        if self._library is not None:
+            return likeliest(self._library, logits).values.isfinite()
+        return logits.amax(dim=1).isfinite()
 
     def _adjust(self, logits: Tensor, row: SamplingRow) -> None:
         """Apply penalties, bias and forbidden tokens to one row, in place."""
@@ -161,8 +198,6 @@ class Sampler:
         logits.index_add_(0, index, added[:, : self._vocab_size])
 
     def _draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
-        if self._has_kernels:
-            return _drawn_by_kernels(logits, rows)
         # One argmax for everyone, even for rows that will draw: it costs less than choosing rows.
         tokens = self._likeliest(logits)
         truncated = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_truncated]
@@ -280,7 +315,7 @@ class Sampler:
         return torch.tensor(values, dtype=dtype, device=self._device).unsqueeze(1)
 
 
-def _drawn_by_kernels(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
+def _drawn_by_kernels(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
     from understudy.runtime.model.kernels.sampling import Draw, draw_tokens
 
     draws = [
@@ -293,8 +328,7 @@ def _drawn_by_kernels(logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
         )
         for row in rows
     ]
-    tokens: list[int] = draw_tokens(logits, draws).tolist()
-    return tokens
+    return draw_tokens(logits, draws)
 
 
 def _winners(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from understudy.protocol.request import TokenLogprobs
 from understudy.runtime.kvcache.kv_cache_manager import BlockCopy
@@ -46,6 +46,13 @@ class ScheduledSequence(NamedTuple):
         """Whether it samples, and a token is wanted and not a vector."""
         return self.samples and self.sequence.pooling is None
 
+    @property
+    def leads_on(self) -> bool:
+        """Whether the sequence's next step can be planned, and drawn, with this one under way."""
+        return (
+            self.num_tokens == 1 and not self.draft and self.draws and not self.sequence.looks_back
+        )
+
 
 class StepPlan(NamedTuple):
     """One step: what to compute, in the order in which it was granted.
@@ -62,6 +69,9 @@ class StepPlan(NamedTuple):
     copies: tuple[BlockCopy, ...] = ()
     forced: frozenset[int] = frozenset()
     """Requests whose draft is no guess: they have to say it."""
+    is_ahead: bool = False
+    """Whether the step before is still under way. Then each share is the one token that this step
+    draws, behind all that its sequence knows."""
 
     @property
     def num_tokens(self) -> int:
@@ -107,6 +117,18 @@ class EngineFault(Exception):
     """What the device computes cannot be trusted any more: the engine has to end."""
 
 
+class Flight(Protocol):
+    """A step that the device computes."""
+
+    def collect(self) -> Draws:
+        """Wait for its end; what it drew. In the order in which steps were launched.
+
+        Raises:
+            EngineFault: the numbers of all sequences are not finite.
+        """
+        ...
+
+
 class Runner(Protocol):
     """Computes a step: the model, or its echo."""
 
@@ -119,5 +141,23 @@ class Runner(Protocol):
         Raises:
             OutOfMemory: the step did not fit; it may be planned anew.
             EngineFault: the numbers of all sequences are not finite.
+        """
+        ...
+
+
+@runtime_checkable
+class OverlappingRunner(Protocol):
+    """A runner whose device computes while others decide what comes next."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it gains anything to launch a step before the last one is over."""
+        ...
+
+    def launch(self, plan: StepPlan) -> Flight:
+        """Have the plan's tokens computed. Two steps may be under way at once.
+
+        Raises:
+            OutOfMemory: the step did not fit; it may be planned anew.
         """
         ...

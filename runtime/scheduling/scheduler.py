@@ -29,7 +29,8 @@ alone is cut by its ``num_tokens_max``, or ends at once, so nothing waits for bl
 come.
 
 Knows nothing of text, tensors, time or the bus. Its caller runs one step after another:
-``schedule``, execute, ``update``. ``add`` and ``cancel`` may come at any moment between them.
+``schedule``, execute, ``update``. ``add`` and ``cancel`` may come at any moment between them. While
+a device computes a step, ``schedule_ahead`` may plan the one behind it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from types import MappingProxyType
 from typing import Final
 
 from understudy.protocol.errors import ConfigurationError
-from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow
+from understudy.protocol.request import FinishReason, TokenRow
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.scheduling.decision import (
     Draw,
@@ -118,6 +119,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._step = 0
         self._plan: StepPlan | None = None
+        self._ahead: StepPlan | None = None
+        """The step behind the plan's, if that is planned as well."""
         self._started: list[Sequence] = []
         """Sequences that the plan starts; what they share of it is not computed before it ends."""
 
@@ -155,7 +158,7 @@ class Scheduler:
         finish = self._finish_before_start(sequence)
         if finish is not None:
             sequence.status = SequenceStatus.FINISHED
-            self._ended.append(_token_row(sequence, finish))
+            self._ended.append(sequence.row(finish))
             return
         self._sequences[sequence.request_id] = sequence
         self._waiting[sequence.request_id] = sequence
@@ -181,7 +184,7 @@ class Scheduler:
         if sequence is None:
             return False
         self._remove(sequence)
-        self._ended.append(_token_row(sequence, finish))
+        self._ended.append(sequence.row(finish))
         return True
 
     @property
@@ -198,6 +201,7 @@ class Scheduler:
         The blocks for it are allocated. A plan that was not carried out may be replaced by
         calling this again: marks move in ``update`` alone.
         """
+        assert self._ahead is None, "two steps are under way"
         if self._plan is not None:
             self._withdraw()
         if not self.has_work:
@@ -217,13 +221,46 @@ class Scheduler:
         self._plan = StepPlan(self._step, tuple(scheduled), preempted, copies, forced)
         return self._plan
 
+    def schedule_ahead(self) -> StepPlan | None:
+        """Plan the step behind the latest, before it is known what that one draws.
+
+        Only where it would be planned in any case, and draws need nothing but the model: all
+        running sequences take part in both steps with a single token each, and nobody waits. Else
+        ``None``: ``update``, then ``schedule``. A sequence that has ended by then, by a stop token
+        or because it was cancelled, takes part in vain.
+        """
+        if self._plan is None or self._ahead is not None or self._waiting or self._suspects:
+            return None
+        shares = [
+            share
+            for share in self._plan.scheduled
+            if share.sequence.status is SequenceStatus.RUNNING
+        ]
+        if len(shares) < len(self._running) or not all(share.leads_on for share in shares):
+            return None
+        # Who is full with the token that is under way has no part in the next step.
+        shares = [s for s in shares if s.sequence.num_tokens + 1 < s.sequence.num_tokens_max]
+        manager = self._kv_cache_manager
+        if not shares or not all(manager.allocate(share.sequence, 2) for share in shares):
+            return None
+        for share in shares:
+            # What this step itself fills is not offered: nobody knows yet with which token.
+            manager.plan(share.sequence, 1)
+        self._step += 1
+        self._ahead = StepPlan(self._step, tuple(shares), is_ahead=True)
+        return self._ahead
+
+    def withdraw_ahead(self) -> None:
+        """What ``schedule_ahead`` planned is not carried out."""
+        self._ahead = None
+
     def update(self, plan: StepPlan, draws: Draws) -> list[TokenRow]:
         """Take in what the step brought; a row for each sequence that got a token or ended.
 
         ``draws`` has tokens, or a vector, for each scheduled sequence that ``samples``.
         """
-        assert plan is self._plan, "a step is taken in once, and only the latest"
-        self._plan = None
+        assert plan is self._plan, "a step is taken in once, and in its turn"
+        self._plan, self._ahead = self._ahead, None
         self._started.clear()
         self._widen_budget()
         rows, self._ended = self._ended, []
@@ -249,6 +286,7 @@ class Scheduler:
         with an error.
         """
         assert plan is self._plan, "only the latest step can be shed"
+        assert self._ahead is None, "and only with nothing behind it"
         self._withdraw()
         self.num_sheds_in_a_row += 1
         is_small = len(plan.scheduled) == 1 and plan.num_tokens <= self._config.block_size
@@ -256,7 +294,7 @@ class Scheduler:
             self.num_sheds_in_a_row = 0
             sequence = plan.scheduled[0].sequence
             self._remove(sequence)
-            self._ended.append(_token_row(sequence, FinishReason.ERROR))
+            self._ended.append(sequence.row(FinishReason.ERROR))
             return
         self._budget = max(plan.num_tokens // 2, 1)
         self._steps_since_shed = 0
@@ -402,14 +440,14 @@ class Scheduler:
             return self._append(sequence, drawn)
         if isinstance(drawn, Pooled):
             self._remove(sequence)
-            row = _token_row(sequence, FinishReason.STOP)
+            row = sequence.row(FinishReason.STOP)
             num_cached_tokens = sequence.num_cached_tokens or 0
             return row._replace(num_cached_tokens=num_cached_tokens, vector=drawn.vector)
         if drawn is None:
             self._kv_cache_manager.discard(sequence)
         self._remove(sequence)
         finish = FinishReason.ERROR if drawn is None else FinishReason.REFUSED
-        return _token_row(sequence, finish)
+        return sequence.row(finish)
 
     def _append(self, sequence: Sequence, drawn: tuple[SampledToken, ...]) -> TokenRow:
         """Give a sequence its next tokens, and let it go if the last of them is among them."""
@@ -427,7 +465,7 @@ class Scheduler:
         taken = drawn[:num_taken]
         tokens = tuple([one.token_id for one in taken])
         logprobs = tuple([one.logprobs for one in taken if one.logprobs is not None])
-        row = _token_row(sequence, finish, tokens, logprobs)
+        row = sequence.row(finish, tokens, logprobs)
         if is_first and sequence.num_cached_tokens:
             return row._replace(num_cached_tokens=sequence.num_cached_tokens)
         return row
@@ -450,21 +488,3 @@ class Scheduler:
         if sequence.num_output_tokens == 0 and not 0 < sequence.num_prompt_tokens <= prompt_max:
             return FinishReason.ERROR
         return sequence.finish_reason() if sequence.pooling is None else None
-
-
-def _token_row(
-    sequence: Sequence,
-    finish: FinishReason | None,
-    tokens: tuple[int, ...] = (),
-    logprobs: tuple[TokenLogprobs, ...] = (),
-) -> TokenRow:
-    """The row for a sequence whose output now ends with ``tokens``."""
-    return TokenRow(
-        sequence.request_id,
-        sequence.attempt,
-        sequence.num_output_tokens - len(tokens),
-        tokens,
-        sequence.prefix_hash,
-        finish or 0,
-        logprobs,
-    )

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from understudy.protocol.request import FinishReason, PoolingKind, Request, extend_prefix_hash
+from understudy.protocol.request import (
+    FinishReason,
+    PoolingKind,
+    Request,
+    TokenLogprobs,
+    TokenRow,
+    extend_prefix_hash,
+)
 from understudy.runtime.kvcache.prefix_cache import root_key
 from understudy.runtime.scheduling.thinking import Phase, Progress, ThoughtReader
 
@@ -28,6 +35,8 @@ class Sequence:
         request_id: The request that this sequence is an attempt at.
         attempt: Which attempt; the ledger drops what earlier ones still report.
         params: How tokens are drawn, and when to stop.
+        looks_back: Whether more than the model and a position decides on a draw: what was drawn
+            before has to be known first. Or there is more to report of it than the token.
         pooling: How the prompt becomes a vector, if that is what is wanted.
         priority: Lower is earlier.
         token_ids: Prompt, then output.
@@ -53,6 +62,7 @@ class Sequence:
         "block_keys",
         "block_table",
         "cache_root",
+        "looks_back",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_offered_blocks",
@@ -75,6 +85,7 @@ class Sequence:
         self.request_id = request.request_id
         self.attempt = attempt
         self.params = request.params
+        self.looks_back = _looks_back(request)
         self.pooling = request.pooling
         self.priority = request.priority
         self.token_ids: list[int] = [*request.prompt, *output]
@@ -136,6 +147,23 @@ class Sequence:
         self.prefix_hash = extend_prefix_hash(self.prefix_hash, (token_id,))
         return self.finish_reason()
 
+    def row(
+        self,
+        finish: FinishReason | None,
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> TokenRow:
+        """What there is to report of it, with ``tokens`` at the end of its output."""
+        return TokenRow(
+            self.request_id,
+            self.attempt,
+            self.num_output_tokens - len(tokens),
+            tokens,
+            self.prefix_hash,
+            finish or 0,
+            logprobs,
+        )
+
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence is over as it stands, or ``None`` while it goes on."""
         num_tokens = len(self.token_ids)
@@ -149,3 +177,17 @@ class Sequence:
         if num_tokens >= self.num_tokens_max:
             return FinishReason.LENGTH
         return None
+
+
+def _looks_back(request: Request) -> bool:
+    params = request.params
+    return (
+        request.pooling is not None
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or params.logprobs is not None
+        or bool(params.grammar)
+        or params.thinking is not None
+        or bool(params.echoed)
+    )

@@ -25,7 +25,7 @@ from understudy.protocol.request import (
 from understudy.runtime.control.ledger import Entry
 from understudy.runtime.echo import splitmix64
 from understudy.runtime.kit.actor import Effect, OpenSession, Send
-from understudy.runtime.scheduling.decision import Draws, Runner, StepPlan
+from understudy.runtime.scheduling.decision import Flight, OverlappingRunner, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence as EngineSequence
 from understudy.runtime.storage.journal import Degraded, Journal
 from understudy.runtime.storage.records import Admit, End, Record, Step, Vector
@@ -205,15 +205,41 @@ class WatchedJournal:
 class CheckedRunner:
     """A runner that insists on finding in the KV blocks what its sequences believe is there."""
 
-    def __init__(self, runner: Runner, *, block_size: int) -> None:
+    overlaps = True
+
+    def __init__(self, runner: OverlappingRunner, *, block_size: int) -> None:
         self._runner = runner
         self._block_size = block_size
         self._blocks: dict[int, tuple[int, list[int]]] = {}
         """For each block, its place in its sequence and the tokens whose keys and values it holds.
         """
+        self._undecided: list[tuple[EngineSequence, int, list[int]]] = []
+        """Sequences, and positions in them whose tokens were not known when they were written, at
+        the ends of these."""
 
-    def execute(self, plan: StepPlan) -> Draws:
-        """See ``Runner``."""
+    def launch(self, plan: StepPlan) -> Flight:
+        """See ``OverlappingRunner``."""
+        for sequence, position, tokens in self._undecided:
+            tokens.append(sequence.token_ids[position])
+        self._undecided.clear()
+        if plan.is_ahead:
+            self._write_ahead(plan)
+        else:
+            self._write(plan)
+        return self._runner.launch(plan)
+
+    def _write_ahead(self, plan: StepPlan) -> None:
+        size = self._block_size
+        for sequence, _, _ in plan.scheduled:
+            position = sequence.num_computed_tokens + 1
+            for place in range(-(-position // size)):
+                self._check(sequence, place, position)
+            place = position // size
+            tokens = sequence.token_ids[place * size : position]
+            self._blocks[sequence.block_table[place]] = (place, tokens)
+            self._undecided.append((sequence, position, tokens))
+
+    def _write(self, plan: StepPlan) -> None:
         size = self._block_size
         self._blocks |= {target: self._blocks[source] for source, target in plan.copies}
         for sequence, _, _ in plan.scheduled:
@@ -233,7 +259,6 @@ class CheckedRunner:
             known = computed - len(draft)
             for place in range(-(-known // size)):
                 self._check(sequence, place, known)
-        return self._runner.execute(plan)
 
     def _check(self, sequence: EngineSequence, place: int, computed: int) -> None:
         size = self._block_size

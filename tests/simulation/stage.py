@@ -7,11 +7,12 @@ was killed, and what was written down, so that the next supervisor can read it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from understudy.protocol.request import Request
 from understudy.runtime.control.health import ProcessState
 from understudy.runtime.kit.clock import VirtualClock
-from understudy.runtime.scheduling.decision import Draws, Runner, StepPlan
+from understudy.runtime.scheduling.decision import Draws, Flight, Runner, StepPlan
 
 
 class VirtualCard:
@@ -61,14 +62,31 @@ class VirtualStage:
         return self.states.get(pid, ProcessState.UNKNOWN)
 
 
+class Lazy(NamedTuple):
+    """A step that is computed when it is asked for; its time passes then."""
+
+    runner: Runner
+    plan: StepPlan
+
+    def collect(self) -> Draws:
+        """See ``Flight``."""
+        return self.runner.execute(self.plan)
+
+
 class DelayedRunner:
     """A runner on a machine that may be late with a step."""
+
+    overlaps = True
 
     def __init__(self, runner: Runner, name: str, stage: VirtualStage, clock: VirtualClock) -> None:
         self._runner = runner
         self._name = name
         self._stage = stage
         self._clock = clock
+
+    def launch(self, plan: StepPlan) -> Flight:
+        """See ``OverlappingRunner``."""
+        return Lazy(self, plan)
 
     def execute(self, plan: StepPlan) -> Draws:
         """See ``Runner``."""

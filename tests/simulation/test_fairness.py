@@ -15,7 +15,7 @@ from tests.simulation.invariants import VOCAB_SIZE
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.control.admission import AdmissionLimits
 from understudy.runtime.control.tenancy import TenantPolicy
-from understudy.runtime.scheduling.decision import Draws, Runner, StepPlan
+from understudy.runtime.scheduling.decision import Flight, OverlappingRunner, StepPlan
 
 BEGIN_S: Final = 0.5
 TOKENS_PER_S: Final = 8 / STEP_S
@@ -103,19 +103,23 @@ def test_a_flood_from_one_key_leaves_the_others_their_shares() -> None:
 class PunctualRunner:
     """A runner that insists on not being given what is past its deadline already."""
 
-    def __init__(self, runner: Runner, cluster: Cluster, due_at: dict[int, float]) -> None:
+    overlaps = True
+
+    def __init__(
+        self, runner: OverlappingRunner, cluster: Cluster, due_at: dict[int, float]
+    ) -> None:
         self._runner = runner
         self._cluster = cluster
         self._due_at = due_at
         self.num_prefills = 0
 
-    def execute(self, plan: StepPlan) -> Draws:
+    def launch(self, plan: StepPlan) -> Flight:
         for sequence, _, _ in plan.scheduled:
             if not sequence.num_output_tokens:
                 self.num_prefills += 1
                 due_at = self._due_at.get(sequence.request_id, float("inf"))
                 assert self._cluster.loop.now < due_at, "an expired request reached prefill"
-        return self._runner.execute(plan)
+        return self._runner.launch(plan)
 
 
 def hasty(number: int, draw: random.Random) -> Request:

@@ -129,8 +129,8 @@ def test_blocks_that_do_not_hold_what_a_sequence_believes_are_noticed() -> None:
     scheduler.add(other)
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.update(plan, runner.execute(plan))
-    runner.execute(StepPlan(2, (ScheduledSequence(first, 1),)))
+    scheduler.update(plan, runner.launch(plan).collect())
+    runner.launch(StepPlan(2, (ScheduledSequence(first, 1),)))
     first.block_table = other.block_table
     with pytest.raises(AssertionError, match="lost KV"):
-        runner.execute(StepPlan(2, (ScheduledSequence(first, 1),)))
+        runner.launch(StepPlan(2, (ScheduledSequence(first, 1),)))

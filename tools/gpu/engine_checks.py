@@ -23,6 +23,7 @@ from understudy.runtime.scheduling.sequence import Sequence
 from understudy.tools.demo.paths import demo_model_directory
 from understudy.tools.gpu.check import Check, Finding
 from understudy.tools.gpu.kernel_checks import error_of, num_different
+from understudy.tools.gpu.serving import serve
 from understudy.tools.gpu.shapes import QWEN_2_5_05B, QWEN_3_06B, random_model
 
 _BLOCK_SIZE: Final = 16
@@ -166,9 +167,61 @@ def _decoded(runner: ModelRunner, sequences: list[Sequence]) -> tuple[Tensor, Te
     return by_graph, without
 
 
+def check_overlap(device: torch.device) -> Iterator[Finding]:
+    """Steps that are launched before the last one is over, against the same one after another."""
+    for name, shape, numerics, weights, kv_dtype in _GRAPH_MODELS:
+        if numerics == "exact":
+            model = random_model(
+                replace(shape, num_layers=2),
+                device,
+                quantization=weights,
+                kv_dtype=kv_dtype,
+                numerics=numerics,
+            )
+            yield compare_overlap(f"{name} overlap", model)
+
+
+def compare_overlap(what: str, model: Transformer, count: int = 40) -> Finding:
+    """Requests that end at different times, by either way: how many tokens are not the same."""
+    generator = torch.Generator().manual_seed(1)
+    requests = [
+        Request(
+            index,
+            index,
+            tuple(torch.randint(model.vocab_size, (1 + 7 * index,), generator=generator).tolist()),
+            SamplingParams(
+                seed=index,
+                max_tokens=20 + 3 * index,
+                temperature=index % 3 / 2,
+                top_p=(1.0, 0.9)[index % 2],
+                # A tenth of all tokens: some end where nobody could know it.
+                stop_token_ids=tuple(range(0, model.vocab_size, 10)) if index % 4 == 0 else (),
+            ),
+        )
+        for index in range(count)
+    ]
+    num_blocks = count * -(-(11 * count + 20) // _BLOCK_SIZE)
+    answers = []
+    for overlaps in (False, True):
+        runner = ModelRunner(model, num_blocks=num_blocks, block_size=_BLOCK_SIZE)
+        service = serve(
+            runner,
+            requests,
+            num_blocks=num_blocks,
+            max_num_batched_tokens=2048,
+            overlaps=overlaps,
+        )
+        answers.append(service.tokens)
+        if overlaps and not service.num_steps_ahead:
+            return Finding(f"{what}: no step overlapped", float("inf"), 0)
+    different = sum(answers[0][number] != answers[1][number] for number in answers[0])
+    return Finding(what, different, 0)
+
+
 ENGINE_CHECKS: Final[dict[str, Check]] = {
     "demo model": check_demo_model,
     "exactness": check_exactness,
     "quantised": check_quantised,
     "graphs": check_graphs,
+    "overlap": check_overlap,
 }

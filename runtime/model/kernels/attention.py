@@ -19,6 +19,7 @@ from understudy.runtime.model.kernels.paged_attention import (
 )
 from understudy.runtime.model.kv_cache import LayerCache
 from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.transfer import to_device
 
 _PROGRAMS_MIN: Final = 256
 """About two for each multiprocessor: with fewer, splits get programs of their own."""
@@ -80,7 +81,7 @@ class TritonAttention:
             tables.ravel(),
         )
         # One copy to the device for all of it.
-        joined = torch.from_numpy(np.concatenate(parts, dtype=np.int32)).to(self._device)
+        joined = to_device(np.concatenate(parts, dtype=np.int32), self._device)
         sequences, first_rows, starts, num_tokens, positions, flat_tables = torch.split(
             joined, [len(part) for part in parts]
         )

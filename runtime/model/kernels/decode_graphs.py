@@ -52,8 +52,11 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle()
 
-    def run(self, spans: Sequence[Span], token_ids: Sequence[int]) -> Decoded | None:
-        """Compute a step in which each sequence has one token; None if it is too large."""
+    def run(self, spans: Sequence[Span], token_ids: Sequence[int] | Tensor) -> Decoded | None:
+        """Compute a step in which each sequence has one token; None if it is too large.
+
+        The tokens may be on the device, and need not be computed yet.
+        """
         size = next((size for size in _BATCH_SIZES if size >= len(spans)), None)
         if size is None:
             return None
@@ -92,14 +95,15 @@ class _DecodeGraph:
         self._send()
         self.hidden, self.logits = self._record(pool)
 
-    def fill(self, spans: Sequence[Span], token_ids: Sequence[int]) -> None:
+    def fill(self, spans: Sequence[Span], token_ids: Sequence[int] | Tensor) -> None:
         """Say what the next replay computes."""
         self._copied.synchronize()
         count, block_size = len(spans), self._cache.block_size
         self._num_tokens[:count] = 1
         self._num_tokens[count:] = 0
         self._slots[count:] = -1
-        self._token_ids[:count] = token_ids
+        if not isinstance(token_ids, Tensor):
+            self._token_ids[:count] = token_ids
         for row, span in enumerate(spans):
             num_blocks = span.position // block_size + 1
             self._tables[row, :num_blocks] = span.block_table[:num_blocks]
@@ -108,6 +112,8 @@ class _DecodeGraph:
         blocks = self._tables[np.arange(count), positions // block_size]
         self._slots[:count] = blocks * block_size + positions % block_size
         self._send()
+        if isinstance(token_ids, Tensor):
+            self._inputs[:count].copy_(token_ids)
 
     def replay(self) -> None:
         """Compute."""

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from understudy.runtime.model.transfer import to_device
+
 _BLOCK: Final = 4096
 _GOLDEN = tl.constexpr(-7046029254386353131)
 _MIX_1 = tl.constexpr(-4658895280553007687)
@@ -52,7 +54,7 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
                 np.array([draw.top_k for draw in draws], dtype=np.int64).view(np.float64),
             ]
         )
-    temperatures, top_p, log_min_p, keys, top_k = torch.from_numpy(numbers).to(logits.device)
+    temperatures, top_p, log_min_p, keys, top_k = to_device(numbers, logits.device)
     keys, top_k = keys.view(torch.int64), top_k.view(torch.int64)
     least = torch.full_like(temperatures, -torch.inf)
     block = min(_BLOCK, triton.next_power_of_2(vocab_size))

@@ -97,7 +97,8 @@ def _before_step(plan: Any) -> None:
 def _has_reached(plan: Any, num_tokens: int) -> bool:
     """Whether a client's sequence begins this step so far; canaries have ids of 64 bits."""
     return any(
-        share.sequence.num_computed_tokens >= num_tokens and share.sequence.request_id >> 63 == 0
+        share.sequence.num_computed_tokens + plan.is_ahead >= num_tokens
+        and share.sequence.request_id >> 63 == 0
         for share in plan.scheduled
     )
 
@@ -121,6 +122,17 @@ def _after_step(plan: Any, drawn: Any) -> Any:
     return drawn
 
 
+class _Flight:
+    """A step that ends as the fault of the moment wants it."""
+
+    def __init__(self, plan: Any, flight: Any) -> None:
+        self._plan = plan
+        self._flight = flight
+
+    def collect(self) -> Any:
+        return _after_step(self._plan, self._flight.collect())
+
+
 def _sabotage() -> None:
     from understudy.actors import loading, main
     from understudy.actors.loading import Loaded
@@ -129,13 +141,14 @@ def _sabotage() -> None:
 
     def load_runner(config: EngineConfig, clock: Clock) -> Loaded:
         loaded = loading.load_runner(config, clock)
-        execute = loaded.runner.execute
+        runner: Any = loaded.runner
+        launch = runner.launch
 
-        def sabotaged(plan: Any) -> Any:
+        def sabotaged(plan: Any) -> _Flight:
             _before_step(plan)
-            return _after_step(plan, execute(plan))
+            return _Flight(plan, launch(plan))
 
-        loaded.runner.execute = sabotaged  # type: ignore[method-assign]
+        runner.launch = sabotaged
         match _fault():
             case ["start-dead"]:
                 os._exit(1)

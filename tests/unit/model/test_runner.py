@@ -103,6 +103,46 @@ def test_stop_tokens_end_a_request_once_min_tokens_were_made(model_of: LoadModel
     assert served.tokens[-1] % 2 == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_steps_that_overlap_draw_what_they_draw_one_after_another(
+    model_of: LoadModel, family: str
+) -> None:
+    model = model_of(family, torch.float32, "exact")
+    asked = [
+        replace(
+            each,
+            params=replace(
+                each.params,
+                repetition_penalty=1.0,
+                frequency_penalty=0.0,
+                presence_penalty=0.0,
+                logprobs=None,
+                # They end at different times, some where nobody could know it.
+                max_tokens=10 + each.request_id % 30,
+                stop_token_ids=tuple(range(each.request_id % 9)),
+            ),
+        )
+        for each in requests()
+    ]
+    apart = serve(model, asked, max_num_batched_tokens=512)
+    overlapping = serve(model, asked, max_num_batched_tokens=512, overlaps=True)
+    assert overlapping.num_steps_ahead > 20
+    assert overlapping.served == apart.served
+    tight = serve(model, asked, max_num_batched_tokens=48, num_blocks=60, overlaps=True)
+    assert 0 < tight.num_steps_ahead < overlapping.num_steps_ahead + 40
+    assert tight.served == apart.served
+
+
+def test_who_needs_to_know_what_was_drawn_before_is_not_launched_ahead(
+    model_of: LoadModel,
+) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    for params in PARAMS[3:5]:
+        service = serve(model, [request_of(1, range(9), params)], overlaps=True)
+        assert service.num_steps_ahead == 0
+        assert len(service.served[1].tokens) == 24
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_text_does_not_depend_on_what_the_prefix_cache_has_of_it(

@@ -409,7 +409,7 @@ def test_a_plan_that_was_not_carried_out_may_be_replaced() -> None:
     plan = schedule(scheduler)
     assert shares(plan) == shares(abandoned)
     assert plan.step == abandoned.step + 1
-    with pytest.raises(AssertionError, match="only the latest"):
+    with pytest.raises(AssertionError, match="in its turn"):
         scheduler.update(abandoned, draw(abandoned))
     assert len(scheduler.update(plan, draw(plan))) == 1
 

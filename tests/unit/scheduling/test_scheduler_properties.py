@@ -93,6 +93,19 @@ class CachingRunner:
             if scheduled.samples
         }
 
+    def execute_ahead(self, plan: StepPlan, drawn: Draws) -> Draws:
+        """What comes behind draws that nobody else has seen."""
+        draws: dict[int, tuple[SampledToken, ...]] = {}
+        for sequence, _, _ in plan.scheduled:
+            before = drawn[sequence.request_id]
+            assert isinstance(before, tuple)
+            undecided = (before[-1].token_id,)
+            position = sequence.num_computed_tokens + 1
+            slot = self.slot(sequence, position)
+            self.slots[slot] = self.entry(sequence, position, undecided)
+            draws[sequence.request_id] = self.sample(sequence, undecided)[1:]
+        return draws
+
     def sample(self, sequence: Sequence, draft: tuple[int, ...]) -> tuple[SampledToken, ...]:
         for position in range(sequence.num_tokens + len(draft)):
             found = self.slots[self.slot(sequence, position)]
@@ -202,8 +215,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.newest: dict[int, Attempt] = {}
         self.request_ids = count(1)
         self.plan: StepPlan | None = None
+        self.ahead: StepPlan | None = None
         self.num_steps_without_row = 0
         self.num_preempted = 0
+        self.num_ahead = 0
         self.has_shed = False
         """And goes on with smaller steps for a while."""
         self.has_started = True
@@ -266,11 +281,33 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def schedule(self) -> None:
         """Plan a step; if one is planned already, the new plan takes its place."""
-        self.plan = self.scheduler.schedule(self.guess())
+        self.plan_step(self.guess())
+
+    def plan_step(self, drafts: dict[int, list[int]]) -> None:
+        while self.ahead is not None:
+            self.update()
+        self.plan = self.scheduler.schedule(drafts)
         assert (self.plan is not None) is self.scheduler.has_work
         if self.plan is not None:
             self.check_plan(self.plan)
             self.sampled = self.runner.execute(self.plan)
+
+    @rule()
+    def schedule_ahead(self) -> None:
+        """Plan another step behind the one that is planned, and let a device begin both."""
+        if self.plan is None or self.ahead is not None:
+            return
+        self.ahead = self.scheduler.schedule_ahead()
+        if self.ahead is None:
+            return
+        taking_part = {share.sequence.request_id for share in self.plan.scheduled}
+        for sequence, num_tokens, draft in self.ahead.scheduled:
+            assert (num_tokens, draft) == (1, ())
+            assert sequence.request_id in taking_part
+            num_slots = len(sequence.block_table) * self.config.block_size
+            assert num_slots >= sequence.num_computed_tokens + 2
+        self.num_ahead += 1
+        self.sampled_ahead = self.runner.execute_ahead(self.ahead, self.sampled)
 
     def guess(self) -> dict[int, list[int]]:
         """Drafts of all lengths, some right, some wrong somewhere."""
@@ -293,23 +330,30 @@ class SchedulerMachine(RuleBasedStateMachine):
     def update(self) -> None:
         if self.plan is None:
             return
-        plan, self.plan = self.plan, None
+        plan, self.plan, self.ahead = self.plan, self.ahead, None
         marks = [
             (sequence, sequence.num_computed_tokens + num_tokens - len(draft))
             for sequence, num_tokens, draft in plan.scheduled
             if sequence.status is SequenceStatus.RUNNING
         ]
         rows = self.scheduler.update(plan, self.sampled)
+        if self.plan is not None:
+            self.sampled = self.sampled_ahead
         for row in rows:
             self.check_row(row)
         assert all(sequence.num_computed_tokens >= mark for sequence, mark in marks)
         assert all(a.end is not End.CANCELLED for a in self.attempts.values())
-        self.num_steps_without_row = 0 if rows else self.num_steps_without_row + 1
+        if rows:
+            self.num_steps_without_row = 0
+        elif not plan.is_ahead:  # those may be in vain
+            self.num_steps_without_row += 1
         self.check_progress()
 
     @rule()
     def shed(self) -> None:
         """A step that does not fit, and computes nothing."""
+        while self.ahead is not None:
+            self.update()
         plan = self.scheduler.schedule()
         self.plan = None
         if plan is not None and plan.scheduled and self.scheduler.num_sheds_in_a_row < 4:
@@ -318,7 +362,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_prefixes(self) -> None:
-        if self.plan is None:
+        if self.plan is None or self.plan.is_ahead:
             self.kv_cache_manager.reset_prefix_cache()
 
     @rule(data=st.data())
@@ -339,6 +383,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.schedule()
             self.update()
             self.integrity_holds()
+
+    @rule(num_steps=st.integers(1, 12))
+    def run_ahead(self, num_steps: int) -> None:
+        """Steps that overlap where they can."""
+        for _ in range(num_steps):
+            if self.plan is None:
+                self.plan_step({})
+            self.schedule_ahead()
+            self.update()
+            self.integrity_holds()
+
+    @rule()
+    def ahead_does_not_fit(self) -> None:
+        """The device has no room for a second step, and computes the first alone."""
+        if self.ahead is not None:
+            self.scheduler.withdraw_ahead()
+            self.ahead = None
 
     def check_plan(self, plan: StepPlan) -> None:
         budget = self.config.max_num_batched_tokens
@@ -442,3 +503,30 @@ def test_a_crowd_in_a_tight_pool_gets_its_output_through_many_preemptions(
     )
     machine.teardown()
     assert machine.num_preempted >= 20
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5])
+def test_overlapping_steps_bring_everyone_what_single_steps_would(block_size: int) -> None:
+    machine = SchedulerMachine()
+    machine.start(
+        max_num_seqs=8,
+        budget=64,
+        block_size=block_size,
+        num_blocks=400 // block_size,
+        max_model_len=40,
+        crowd=[
+            Arrival(
+                prompt_length=1 + index % 5,
+                params=SamplingParams(
+                    seed=0, max_tokens=10 + index % 15, stop_token_ids=(3, 5) if index % 3 else ()
+                ),
+                priority=0,
+                num_resumed=0,
+            )
+            for index in range(8)
+        ],
+    )
+    while machine.scheduler.has_work:
+        machine.run_ahead(1)
+    machine.teardown()
+    assert machine.num_ahead >= 10

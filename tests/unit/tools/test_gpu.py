@@ -6,15 +6,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from understudy.runtime.model.config import ModelConfig
+from understudy.runtime.model.runner import _Latest
+from understudy.runtime.model.transformer import Transformer
 from understudy.tools.gpu import bench, check
 from understudy.tools.gpu.check import Finding
-from understudy.tools.gpu.shapes import LLAMA_3_8B, QWEN_2_5_05B, QWEN_2_5_7B
+from understudy.tools.gpu.engine_checks import compare_overlap
+from understudy.tools.gpu.shapes import LLAMA_3_8B, QWEN_2_5_05B, QWEN_2_5_7B, random_model
 
 ROOT = Path(__file__).parents[3]
 H200 = bench.Card(bytes_per_s=4.3e12, operations_per_s=790e12)
@@ -100,3 +104,35 @@ def test_floors_of_prompts(length: int, floor_ms: float) -> None:
         LLAMA_3_8B, H200, bench.Form(), tokens=length, sampled=1, context=length
     )
     assert found == pytest.approx(floor_ms, rel=0.03)
+
+
+TINY = replace(QWEN_2_5_05B, num_layers=2, hidden_size=28, intermediate_size=36, vocab_size=150)
+
+
+def tiny_model() -> Transformer:
+    return random_model(TINY, torch.device("cpu"), numerics="exact")
+
+
+def test_the_check_of_overlapping_steps_holds_without_a_card_as_well() -> None:
+    found = compare_overlap("here", tiny_model(), count=12)
+    assert found == Finding("here", 0, 0)
+
+
+def test_the_check_of_overlapping_steps_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    token_ids = _Latest.token_ids
+    monkeypatch.setattr(_Latest, "token_ids", lambda self, plan: token_ids(self, plan) ^ 1)
+    assert compare_overlap("here", tiny_model(), count=12).found > 3
+
+
+def test_the_whole_run_and_steps_of_the_benchmark_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_RUN_SEQUENCES", 5)
+    monkeypatch.setattr(bench, "_RUN_TOKENS", (3, 20))
+    monkeypatch.setattr(bench, "_warm_up", lambda model, runner: None)
+    row = bench._run(tiny_model())
+    assert row["tokens_per_s"] > 0
+    assert row["ahead_share"] == 0, "not here"
+    monkeypatch.setattr(bench, "_CONTEXT", 40)
+    monkeypatch.setattr(bench, "_median_ms", bench._wall_ms)
+    row = bench._decode(tiny_model(), H200, 4, bench.Form())
+    assert row["overlapped_ms"] > 0
+    assert row["step_ms"] > 0
