@@ -157,7 +157,7 @@ class Engine:
         num_blocks: int,
         enable_prefix_caching: bool = True,
         speculator: Speculator | None = None,
-        runner: Runner,
+        runner: Runner | OverlappingRunner,
         card: StepCard,
         clock: Clock,
     ) -> None:
