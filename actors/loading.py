@@ -15,6 +15,7 @@ from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.encoder_config import EncoderConfig, read_config
+from understudy.runtime.model.torch_import import postponing
 from understudy.runtime.scheduling.decision import Runner
 from understudy.runtime.scheduling.speculation import Speculator
 
@@ -86,7 +87,8 @@ def _blocks_unused(config: EngineConfig, max_model_len: int) -> int:
 
 
 def _load_encoder(config: EngineConfig, max_model_len: int) -> Loaded:
-    import torch
+    with postponing():
+        import torch
 
     from understudy.runtime.model.encoder import load_encoder
     from understudy.runtime.model.encoder_runner import EncoderRunner
@@ -126,7 +128,8 @@ def _load_encoder(config: EngineConfig, max_model_len: int) -> Loaded:
 
 def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loaded:
     # Here and not above: torch takes a second to import, and only an engine with a model needs it.
-    import torch
+    with postponing():
+        import torch
 
     from understudy.actors.speculation import load_speculator
     from understudy.runtime.model.exactness import numerics_class, prove_exactness_once

@@ -12,12 +12,14 @@ import pytest
 ROOT: Final = Path(__file__).parents[1]
 
 TORCH_FREE: Final = (
+    "understudy.actors.engine_process",
     "understudy.actors.gateway",
+    "understudy.actors.gateway_process",
     "understudy.actors.grammar_checks",
     "understudy.actors.http_server",
     "understudy.actors.launcher",
-    "understudy.actors.main",
     "understudy.actors.supervisor",
+    "understudy.actors.supervisor_process",
     "understudy.runtime.config",
     "understudy.runtime.grammar_child",
     "understudy.runtime.grammar_masks",

@@ -59,7 +59,7 @@ def run_actor(
 
 
 def _run_supervisor(flags: Mapping[str, str]) -> int:
-    from understudy.actors.main import run_supervisor
+    from understudy.actors.supervisor_process import run_supervisor
     from understudy.runtime.config import supervisor_config
 
     config = supervisor_config(settle(flags))
@@ -73,7 +73,7 @@ def _run_supervisor(flags: Mapping[str, str]) -> int:
 
 
 def _run_engine(name: str, flags: Mapping[str, str]) -> int:
-    from understudy.actors.main import run_engine
+    from understudy.actors.engine_process import run_engine
     from understudy.runtime.config import engine_config
 
     config = engine_config(settle(flags), name=name)
@@ -82,7 +82,7 @@ def _run_engine(name: str, flags: Mapping[str, str]) -> int:
 
 
 def _run_gateway(name: str, flags: Mapping[str, str], listen_fd: int | None) -> int:
-    from understudy.actors.main import run_gateway
+    from understudy.actors.gateway_process import run_gateway
     from understudy.runtime.config import gateway_config
 
     config = gateway_config(settle(flags), name=name)

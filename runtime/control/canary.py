@@ -12,7 +12,8 @@ from typing import Final
 from understudy.protocol.request import Pooling, PoolingKind, Request, SamplingParams, TokenRow
 from understudy.runtime.control.registry import Member
 
-CANARY_TOKENS: Final = 8
+CANARY_TOKENS: Final = 4
+"""Each step reads all weights, and a lone engine's restart waits for these."""
 CANARY_WITHIN_S: Final = 30.0
 """An engine that has not answered by then is not let in."""
 _FIRST_ID: Final = 1 << 63

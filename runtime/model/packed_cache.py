@@ -15,7 +15,10 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -35,6 +38,8 @@ _BYTES_MIN: Final = 64 << 20
 """Less is laid out again in no time."""
 _DISK_SHARE: Final = 0.25
 """Of what is free on the disk, the most that a file takes."""
+_READ_BYTES: Final = 4 << 20
+"""Read by one thread at a time."""
 _WRITING_S_MAX: Final = 600.0
 """A file that has not grown for so long was left by a process that is no more."""
 _DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
@@ -52,6 +57,7 @@ class PackedCache:
         self._path = path
         self._stored: Mapping[str, StoredTensor] = _stored(path)
         self._new: dict[str, Packed] = {}
+        self._readers = ThreadPoolExecutor(torch.get_num_threads(), "packed-weights")
 
     @classmethod
     def of(cls, directory: Path, form: str, library: Library) -> PackedCache:
@@ -87,7 +93,8 @@ class PackedCache:
         self._new[name] = packed
 
     def keep(self) -> threading.Thread | None:
-        """Write what is new, in a thread; None if there is nothing to write, or not enough."""
+        """All is read: write what is new, in a thread; None if that is nothing, or not enough."""
+        self._readers.shutdown()
         path, new = self._path, self._new
         self._new = {}
         num_bytes = sum(tensor.nbytes for _, tensor in _named(new))
@@ -111,13 +118,23 @@ class PackedCache:
         tensor = on_large_pages(self._library, stored.shape, stored.dtype)
         into = _bytes_of(tensor)
         with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.start)
-            while into:
-                count = file.readinto(into)
-                if not count:
-                    raise ConfigurationError(f"{stored.path}: truncated while it was read")
-                into = into[count:]
+            starts = range(0, len(into), _READ_BYTES)
+            if len(starts) > 1:
+                # Reading is copying, and getting memory from the system: a core each is not idle.
+                list(self._readers.map(partial(_read_piece, file, stored.start, into), starts))
+            elif starts:
+                _read_piece(file, stored.start, into, 0)
         return tensor
+
+
+def _read_piece(file: FileIO, offset: int, into: memoryview, start: int) -> None:
+    """Read one piece of a tensor that begins at ``offset``."""
+    end = min(start + _READ_BYTES, len(into))
+    while start < end:
+        count = os.preadv(file.fileno(), [into[start:end]], offset + start)
+        if not count:
+            raise ConfigurationError(f"{file.name}: truncated while it was read")
+        start += count
 
 
 def _stored(path: Path | None) -> Mapping[str, StoredTensor]:

@@ -134,7 +134,7 @@ class _Flight:
 
 
 def _sabotage() -> None:
-    from understudy.actors import loading, main
+    from understudy.actors import engine_process, loading
     from understudy.actors.loading import Loaded
     from understudy.runtime.config import EngineConfig
     from understudy.runtime.kit.clock import Clock
@@ -157,15 +157,15 @@ def _sabotage() -> None:
             case _:
                 return loaded
 
-    main.load_runner = load_runner  # type: ignore[attr-defined]
+    engine_process.load_runner = load_runner  # type: ignore[attr-defined]
 
 
 class _Finder:
-    """Sabotages the engine's main module as soon as it is imported."""
+    """Sabotages the module that makes the engine as soon as it is imported."""
 
     @staticmethod
     def find_spec(name: str, path: Any, target: Any = None) -> Any:
-        if name != "understudy.actors.main":
+        if name != "understudy.actors.engine_process":
             return None
         import importlib.util
 
