@@ -72,7 +72,7 @@ void multiply_tile(const FloatTile& tile, const char* panel, long from, long to,
     }
     for (long k = from; k < to; k++) {
         const char* at = panel + k * Weight::BYTES;
-        if constexpr (ROWS <= 4) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(at + AHEAD, _MM_HINT_T0);
         const Pair weight = Weight::term(at);
         UNROLLED
         for (int i = 0; i < ROWS; i++) {
@@ -109,9 +109,11 @@ struct IntegerTile {
     long outputs;
 };
 
-// The intrinsic makes compilers copy sums from register to register; this does not.
-inline void add_products(Int16x& sums, Int16x x, Int16x weight) {
+// The intrinsic makes compilers copy sums from register to register; this does not. Nor does it
+// change a variable of the caller's, which would then have to be in memory.
+INLINE Int16x add_products(Int16x sums, Int16x x, Int16x weight) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(weight));
+    return sums;
 }
 
 template <int ROWS>
@@ -119,38 +121,32 @@ void multiply_integer_tile(const IntegerTile& tile, const int8_t* panel, long te
     Int16x sums[ROWS][2];
     const Int16x first = _mm512_loadu_si512(tile.start);
     const Int16x second = _mm512_loadu_si512(tile.start + LANES);
-    UNROLLED
-    for (int i = 0; i < ROWS; i++) sums[i][0] = first, sums[i][1] = second;
+    for_each<ROWS>([&](auto i) INLINED { sums[i][0] = first, sums[i][1] = second; });
     for (long k = 0; k < terms; k += 4) {
         const int8_t* at = panel + k * PANEL;
-        if constexpr (ROWS <= 4) {
-            _mm_prefetch(at + AHEAD, _MM_HINT_T0);
-            _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);
-        }
+        _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);
         const Int16x low = _mm512_loadu_si512(at), high = _mm512_loadu_si512(at + 64);
-        UNROLLED
-        for (int i = 0; i < ROWS; i++) {
+        for_each<ROWS>([&](auto i) INLINED {
             int four;
             std::memcpy(&four, tile.x + i * tile.x_stride + k, 4);
             const Int16x x = _mm512_set1_epi32(four);
-            add_products(sums[i][0], x, low);
-            add_products(sums[i][1], x, high);
-        }
+            sums[i][0] = add_products(sums[i][0], x, low);
+            sums[i][1] = add_products(sums[i][1], x, high);
+        });
     }
     const Mask lanes[] = {first_lanes(tile.outputs), first_lanes(tile.outputs - LANES)};
-    UNROLLED
-    for (int i = 0; i < ROWS; i++) {
+    for_each<ROWS>([&](auto i) INLINED {
         const Float16x row_scale = all(tile.row_scales[i]);
-        UNROLLED
-        for (int half = 0; half < 2; half++) {
+        for_each<2>([&](auto half) INLINED {
             const long at = half * LANES;
             Float16x y = _mm512_cvtepi32_ps(sums[i][half]);
             y = _mm512_mul_ps(y, load(tile.scales + at, lanes[half]));
             y = _mm512_mul_ps(y, row_scale);
             if (tile.bias) y = _mm512_add_ps(y, load(tile.bias + at, lanes[half]));
             store(tile.y + i * tile.y_stride + at, y, lanes[half]);
-        }
-    }
+        });
+    });
 }
 
 // Calls `multiply` with the number of rows as a constant.

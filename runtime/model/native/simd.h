@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 using Float16x = __m512;   // 16 numbers of 32 bits
 using Int16x = __m512i;    // the same, as integers
@@ -17,8 +19,23 @@ using Mask = __mmask16;
 
 constexpr int LANES = 16;
 
-// How a lambda is called for each of N constants, unrolled, so that arrays stay in registers.
+// For loops over arrays that are to stay in registers.
 #define UNROLLED _Pragma("GCC unroll 32")
+
+#define INLINED __attribute__((always_inline))  // goes behind the parameters of a lambda
+#define INLINE inline INLINED
+
+template <int... NUMBERS, class Work>
+INLINE void for_constants(std::integer_sequence<int, NUMBERS...>, Work work) {
+    (work(std::integral_constant<int, NUMBERS>{}), ...);
+}
+
+// Calls `work` with 0, 1 … N - 1 as constants. What an assembler statement changes in a loop is kept
+// in memory, even if the loop is unrolled; this leaves no loop.
+template <int N, class Work>
+INLINE void for_each(Work work) {
+    for_constants(std::make_integer_sequence<int, N>{}, work);
+}
 
 inline Mask first_lanes(long count) {
     return count >= LANES ? 0xffff : static_cast<Mask>((1u << std::max(count, 0L)) - 1);
