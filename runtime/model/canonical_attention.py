@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from understudy.runtime.model.numerics import ROWS_BASE
+from understudy.runtime.model.torch_import import seeded
 
 KEYS_BASE: Final = 512
 """Keys of a chunk."""
@@ -161,7 +162,7 @@ class _Trial:
     """Random queries and contexts, attended to in base sizes and in others."""
 
     def __init__(self, head_dim: int, device: torch.device, batch: int) -> None:
-        generator = torch.Generator().manual_seed(_PROBE_SEED)
+        generator = seeded(_PROBE_SEED)
 
         def random(length: int) -> Tensor:
             return torch.randn(batch, length, head_dim, generator=generator).to(device)

@@ -24,6 +24,7 @@ from understudy.runtime.model.numerics import Numerics
 from understudy.runtime.model.operations import kernels_name
 from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.runner import ModelRunner
+from understudy.runtime.model.torch_import import seeded
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.processor import processor_name
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
@@ -112,7 +113,7 @@ class _Bench:
         self._block_size = block_size
         blocks_each = -(-max(_LENGTHS) // block_size)
         self._runner = ModelRunner(model, num_blocks=2 * blocks_each, block_size=block_size)
-        generator = torch.Generator().manual_seed(_TOKENS_SEED)
+        generator = seeded(_TOKENS_SEED)
         self._sequences = []
         for index, length in enumerate(_LENGTHS):
             tokens = torch.randint(model.vocab_size, (length,), generator=generator).tolist()

@@ -23,6 +23,8 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from understudy.runtime.model.torch_import import seeded
+
 Numerics = Literal["exact", "fast"]
 
 ROWS_BASE: Final = 32
@@ -85,7 +87,7 @@ def cancelling_probe(
     Each term has an opposite somewhere else in its sum. What is left tells the order of additions,
     and is small, so that even rounding the result to bfloat16 does not hide it.
     """
-    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    generator = seeded(_PROBE_SEED)
 
     def random(*shape: int) -> Tensor:
         # Of many magnitudes: sums of products of bfloat16 are often exact otherwise.

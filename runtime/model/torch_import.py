@@ -6,7 +6,10 @@ somebody asks for one of their names: nothing is missing, it only comes late. Th
 library's ``LazyLoader`` does not do: torch itself looks at the file names of all modules while it
 is imported, and that wakes what was put to sleep by it.
 
-Knows no torch. Once torch is imported, this changes nothing.
+Two things need care. Generators of random numbers want their part of it: ``seeded`` makes them. And
+on a machine with a GPU nothing is postponed, since CUDA begins by making such generators.
+
+Imports no torch by itself. Once torch is imported, ``postponing`` changes nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +19,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 POSTPONED: Final = frozenset({"torch._meta_registrations", "torch.export"})
+_GPU_DRIVERS: Final = (Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
 class _Sleeping(ModuleType):
@@ -67,9 +75,20 @@ class _LateFinder(MetaPathFinder):
 @contextmanager
 def postponing() -> Iterator[None]:
     """While this lasts, importing torch leaves for later what is not needed yet."""
+    if any(driver.exists() for driver in _GPU_DRIVERS):
+        yield
+        return
     finder = _LateFinder()
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+def seeded(seed: int) -> Generator:
+    """A generator of torch's random numbers on the CPU, also where half of torch sleeps."""
+    import torch
+    import torch._prims.rng_prims
+
+    return torch.Generator().manual_seed(seed)

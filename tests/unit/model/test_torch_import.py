@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from understudy.runtime.model import torch_import
 
 POSTPONED = """
 import sys
@@ -52,6 +55,10 @@ else:
     raise AssertionError
 """,
         """
+from understudy.runtime.model.torch_import import seeded
+assert torch.randint(9, (3,), generator=seeded(1)).shape == (3,)
+""",
+        """
 import inspect
 inspect.getmodule(sys)
 assert type(sys.modules["torch._meta_registrations"]).__name__ == "_Sleeping"
@@ -60,3 +67,31 @@ assert type(sys.modules["torch._meta_registrations"]).__name__ == "_Sleeping"
 )
 def test_what_is_postponed_is_neither_loaded_nor_missing(program: str) -> None:
     run(program)
+
+
+def test_a_model_is_proven_exact_by_a_torch_that_is_half_asleep() -> None:
+    run(
+        """
+from understudy.runtime.model.exactness import prove_exactness
+from understudy.runtime.model.loader import load_model
+from understudy.tools.demo.paths import demo_model_directory
+for dtype in (torch.float32, torch.bfloat16):
+    model = load_model(
+        demo_model_directory(), dtype=dtype, device=torch.device("cpu"), numerics="exact"
+    )
+    prove_exactness(model, block_size=16)
+"""
+    )
+
+
+def test_nothing_is_postponed_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = list(sys.meta_path)
+    monkeypatch.setattr(torch_import, "_GPU_DRIVERS", (tmp_path / "none", tmp_path))
+    with torch_import.postponing():
+        assert sys.meta_path == before
+    monkeypatch.setattr(torch_import, "_GPU_DRIVERS", (tmp_path / "none",))
+    with torch_import.postponing():
+        assert len(sys.meta_path) == len(before) + 1
+    assert sys.meta_path == before
