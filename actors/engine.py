@@ -251,6 +251,13 @@ class Engine:
             ),
         )
 
+    def land(self) -> None:
+        """The engine is to end: wait for what is under way, so that nobody is blamed for it."""
+        if self._under_way is not None:
+            self._under_way.flight.collect()
+            self._under_way = None
+            self._end_phase()
+
     def check_integrity(self) -> None:
         """Assert that scheduler, KV cache and outputs agree with each other."""
         self._scheduler.check_integrity()
@@ -283,13 +290,17 @@ class Engine:
         try:
             return _Step(plan, self._runner.launch(plan), begun_at)
         except OutOfMemory:
-            self._scheduler.shed(plan)
-            self._num_shed += 1
-            self._step += 1
-            pause_s = SHED_PAUSE_S * 2.0 ** min(self._scheduler.num_sheds_in_a_row, 16)
-            self._pause_until = self._clock.now() + min(pause_s, SHED_PAUSE_MAX_S)
+            self._shed(plan)
+            return None
+
+    def _shed(self, plan: StepPlan) -> None:
+        """Go on with less after a step that did not fit."""
+        self._scheduler.shed(plan)
+        self._num_shed += 1
+        self._step += 1
+        pause_s = SHED_PAUSE_S * 2.0 ** min(self._scheduler.num_sheds_in_a_row, 16)
+        self._pause_until = self._clock.now() + min(pause_s, SHED_PAUSE_MAX_S)
         self._end_phase()
-        return None
 
     def _begin_ahead(self) -> _Step | None:
         """Launch the step behind the one that is under way, if there can be one already.
@@ -307,7 +318,11 @@ class Engine:
 
     def _end(self, step: _Step) -> list[TokenRow]:
         """Take in what a step drew."""
-        draws = step.flight.collect()
+        try:
+            draws = step.flight.collect()
+        except OutOfMemory:  # of what takes memory at its end, no step is launched ahead
+            self._shed(step.plan)
+            return []
         if self._speculator is not None:
             self._stepped_at = self._clock.now()
             self._speculator.note(step.plan, draws, self._stepped_at - step.begun_at)

@@ -44,6 +44,7 @@ def run_engine(config: EngineConfig) -> int:
     reason = "told to stop"
     try:
         loop.run()
+        engine.land()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise

@@ -188,6 +188,8 @@ class KVCacheManager:
 
     def free(self, sequence: Sequence) -> None:
         """Take back all of the sequence's blocks; its table is empty afterwards."""
+        if sequence.num_computed_tokens // self.block_size > sequence.num_offered_blocks:
+            self.plan(sequence, 0)  # the last was filled by a step whose token nobody knew then
         self._keep_tail(sequence)
         # Last block first: a leaf goes before its root, and the pool, a stack, hands free blocks
         # out in this order again.

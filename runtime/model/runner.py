@@ -42,6 +42,7 @@ from understudy.runtime.scheduling.decision import (
     ScheduledSequence,
     StepPlan,
 )
+from understudy.runtime.scheduling.sequence import SequenceStatus
 from understudy.runtime.token_masks import Allowed, allowed_tokens
 
 if TYPE_CHECKING:
@@ -94,17 +95,16 @@ class _Latest(NamedTuple):
     """What the step that was launched last draws."""
 
     request_ids: list[int]
-    drawing: Drawing
+    token_ids: Tensor
 
-    def token_ids(self, plan: StepPlan) -> Tensor:
+    def tokens_of(self, plan: StepPlan) -> Tensor:
         """The tokens of a plan's sequences, on the device; nobody may know them yet."""
         request_ids = [share.sequence.request_id for share in plan.scheduled]
-        tokens = self.drawing.token_ids
         if request_ids == self.request_ids:
-            return tokens
+            return self.token_ids
         places = {request_id: place for place, request_id in enumerate(self.request_ids)}
         index = np.array([places[request_id] for request_id in request_ids])
-        return tokens.index_select(0, to_device(index, tokens.device))
+        return self.token_ids.index_select(0, to_device(index, self.token_ids.device))
 
 
 class _Flight:
@@ -121,17 +121,22 @@ class _Flight:
         """See ``Flight``."""
         if self._drawing is None:
             return self._pooled
-        tokens, is_finite = self._drawing.collect()
-        if len(is_finite) > 1 and not any(is_finite):
-            raise EngineFault(f"no logits of {len(is_finite)} sequences are finite")
+        with telling_out_of_memory(), torch.inference_mode():
+            tokens, is_finite = self._drawing.collect()
         draws: dict[int, Draw] = {**self._pooled}
+        counting: list[bool] = []
         first = 0
         for drawer in self._drawers:
             end = first + len(drawer.share.draft) + 1
             drawn = drawer.draws(Drawn(tokens[first:end], is_finite[first:end]))
             if drawn is not None:
                 draws[drawer.share.sequence.request_id] = drawn
+            if drawer.share.sequence.status is not SequenceStatus.FINISHED:
+                counting += is_finite[first:end]
             first = end
+        # Whoever took part in vain may have ended for that very reason.
+        if len(counting) > 1 and not any(counting):
+            raise EngineFault(f"no logits of {len(counting)} sequences are finite")
         return draws
 
 
@@ -196,10 +201,10 @@ class ModelRunner:
             for share in sampled
         ]
         rows = [row for drawer in drawers for row in drawer.rows(is_ahead=plan.is_ahead)]
-        self._latest = _Latest(
-            [share.sequence.request_id for share in sampled], self._sampler.draw(logits, rows)
-        )
-        return _Flight(pooled, drawers, self._latest.drawing)
+        drawing = self._sampler.draw(logits, rows)
+        request_ids = [share.sequence.request_id for share in sampled]
+        self._latest = _Latest(request_ids, drawing.token_ids)
+        return _Flight(pooled, drawers, drawing)
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
         """Compute the plan's tokens; ``[plan.num_tokens, hidden_size]``, in plan order."""
@@ -266,7 +271,7 @@ class ModelRunner:
 
     def _undecided(self, plan: StepPlan) -> Tensor:
         assert self._latest is not None, "nothing is under way"
-        return self._latest.token_ids(plan)
+        return self._latest.tokens_of(plan)
 
     def _decode(self, plan: StepPlan) -> Decoded | None:
         """Compute a step of single tokens by a graph, where there are graphs."""

@@ -27,7 +27,7 @@ from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.native.sampling import Draw, likeliest, may_win
 from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
 from understudy.runtime.model.operations import has_kernels
-from understudy.runtime.model.transfer import HostCopy
+from understudy.runtime.model.transfer import HostCopy, to_device
 from understudy.runtime.scheduling.decision import SampledToken
 
 _GREEDY_TEMPERATURE: Final = 1e-5
@@ -149,7 +149,7 @@ class Sampler:
         if self._has_kernels:
             token_ids = _drawn_by_kernels(logits, rows)
         else:
-            token_ids = torch.tensor(self._draw(logits, rows))
+            token_ids = torch.tensor(self._draw(logits, rows), device=logits.device)
         return Drawing(rows, token_ids, is_finite, raw)
 
     def _are_finite(self, logits: Tensor) -> Tensor:
@@ -174,13 +174,14 @@ class Sampler:
         # The gateway checks ids; an id beyond the logits must not reach another row all the same.
         biases = [(i, bias) for i, bias in params.logit_bias if 0 <= i < self._vocab_size]
         if biases:
-            ids = torch.tensor([i for i, _ in biases], device=self._device)
-            logits[ids] += torch.tensor([bias for _, bias in biases], device=self._device)
+            ids = to_device(np.array([i for i, _ in biases]), self._device)
+            added = np.array([bias for _, bias in biases], dtype=np.float32)
+            logits[ids] += to_device(added, self._device)
         # A grammar may allow nothing but the end, and then nothing else can be drawn.
         if row.position < params.min_tokens and row.mask is None:
             forbidden = [i for i in params.stop_token_ids if 0 <= i < self._vocab_size]
             if forbidden:
-                logits[torch.tensor(forbidden, device=self._device)] = -math.inf
+                logits.index_fill_(0, to_device(np.array(forbidden), self._device), -math.inf)
 
     def _forbid_masked(self, logits: Tensor, rows: Rows[SamplingRow]) -> None:
         """Forbid what the rows' grammars do not allow, in place; tokens without a bit, too."""

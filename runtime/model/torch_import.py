@@ -2,9 +2,9 @@
 
 ``import torch`` brings decompositions and meta kernels for thousands of operators, a quarter of the
 time that it takes. They serve tracing, which no engine does. Here they are postponed until
-somebody asks for one of their names: nothing is missing, it only comes late. The standard
-library's ``LazyLoader`` does not do: torch itself looks at the file names of all modules while it
-is imported, and that wakes what was put to sleep by it.
+somebody asks for one of their names; until then tensors on ``meta`` lack some operators. The
+standard library's ``LazyLoader`` does not do: torch itself looks at the file names of all modules
+while it is imported, and that wakes what was put to sleep by it.
 
 Two things need care. Generators of random numbers want their part of it: ``seeded`` makes them. And
 on a machine with a GPU nothing is postponed, since CUDA begins by making such generators.

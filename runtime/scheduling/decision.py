@@ -70,8 +70,8 @@ class StepPlan(NamedTuple):
     forced: frozenset[int] = frozenset()
     """Requests whose draft is no guess: they have to say it."""
     is_ahead: bool = False
-    """Whether the step before is still under way. Then each share is the one token that this step
-    draws, behind all that its sequence knows."""
+    """Whether the step before is still under way. Then each share is the one token that that step
+    draws, behind all that its sequence knows yet."""
 
     @property
     def num_tokens(self) -> int:

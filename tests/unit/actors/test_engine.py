@@ -434,6 +434,7 @@ class Device:
     def __init__(self) -> None:
         self.noted: list[str] = []
         self.too_large: set[int] = set()
+        self.too_large_at_end: set[int] = set()
 
     def execute(self, plan: StepPlan) -> Draws:
         raise AssertionError("steps are launched")
@@ -451,6 +452,8 @@ class DeviceFlight(NamedTuple):
 
     def collect(self) -> Draws:
         self.device.noted.append(f"collect {self.plan.step}")
+        if self.plan.step in self.device.too_large_at_end:
+            raise OutOfMemory
         return {
             share.sequence.request_id: (SampledToken(self.plan.step),)
             for share in self.plan.scheduled
@@ -521,6 +524,25 @@ def test_what_is_cancelled_under_way_says_nothing_more() -> None:
     assert stage.device.noted[-1] == "collect 3"
     assert stage.card.request_ids == []
     assert stage.blocks_free == NUM_BLOCKS
+
+
+def test_an_engine_that_is_told_to_stop_blames_nobody_for_the_step_under_way() -> None:
+    stage = DeviceStage(max_tokens=9)
+    stage.rows()
+    assert stage.card.request_ids == [1]
+    stage.engine.land()
+    assert stage.device.noted[-1] == "collect 3"
+    assert stage.card.request_ids == []
+    stage.engine.land()
+
+
+def test_a_step_that_does_not_fit_at_its_end_is_shed() -> None:
+    stage = DeviceStage(max_tokens=9, logprobs=1)
+    stage.device.too_large_at_end = {2}
+    assert stage.rows() == []
+    assert stage.engine.heartbeat(0.0).num_shed == 1
+    stage.clock.sleep(1.0)
+    assert [row.tokens for row in stage.rows()] == [(3,)]
 
 
 def test_a_second_step_that_does_not_fit_waits_for_the_first() -> None:

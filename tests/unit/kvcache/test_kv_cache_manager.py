@@ -192,6 +192,21 @@ def test_a_block_that_is_not_full_can_be_copied_once_its_sequence_is_gone() -> N
     manager.check_integrity([second])
 
 
+def test_a_block_that_was_filled_by_an_unknown_token_is_kept_once_its_sequence_is_gone() -> None:
+    manager = KVCacheManager(num_blocks=10, block_size=4)
+    first = shared_sequence(list(range(8)))
+    assert manager.start(first)
+    manager.plan(first, 7)
+    manager.settle()
+    first.num_computed_tokens = 8  # by a step that was planned before its token was known
+    manager.free(first)
+    manager.settle()
+    second = shared_sequence(list(range(9)))
+    assert manager.start(second)
+    assert second.num_computed_tokens == 8
+    manager.check_integrity([second])
+
+
 def test_idle_blocks_count_as_free_and_are_taken_when_the_free_ones_are_out() -> None:
     manager = KVCacheManager(num_blocks=4, block_size=4)
     first = shared_sequence(list(range(12)))

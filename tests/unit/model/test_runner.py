@@ -12,8 +12,8 @@ from tests.serving import request_of, serve
 from tests.unit.model.conftest import LoadModel
 from understudy.protocol.request import FinishReason, Request, SamplingParams
 from understudy.runtime.model.runner import ModelRunner
-from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
-from understudy.runtime.scheduling.sequence import Sequence
+from understudy.runtime.scheduling.decision import EngineFault, ScheduledSequence, StepPlan
+from understudy.runtime.scheduling.sequence import Sequence, SequenceStatus
 
 PARAMS = [
     SamplingParams(seed=0, max_tokens=24, temperature=0.0),
@@ -131,6 +131,24 @@ def test_steps_that_overlap_draw_what_they_draw_one_after_another(
     tight = serve(model, asked, max_num_batched_tokens=48, num_blocks=60, overlaps=True)
     assert 0 < tight.num_steps_ahead < overlapping.num_steps_ahead + 40
     assert tight.served == apart.served
+
+
+def test_numbers_that_are_not_finite_end_an_engine_only_if_all_that_counts_is_not(
+    model_of: LoadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("llama", torch.float32, "exact")
+    runner = ModelRunner(model, num_blocks=8, block_size=8)
+    sequences = [Sequence(request_of(i, range(1, 6), PARAMS[0]), attempt=1) for i in range(3)]
+    for index, sequence in enumerate(sequences):
+        sequence.block_table = [2 * index, 2 * index + 1]
+    monkeypatch.setattr(model, "logits", lambda hidden: torch.full((len(hidden), 128), torch.nan))
+    plan = StepPlan(1, tuple(ScheduledSequence(sequence, 5) for sequence in sequences))
+    with pytest.raises(EngineFault, match="no logits of 3 sequences are finite"):
+        runner.execute(plan)
+    flight = runner.launch(plan)
+    for sequence in sequences[:2]:
+        sequence.status = SequenceStatus.FINISHED
+    assert flight.collect() == {}, "one alone has itself to blame"
 
 
 def test_who_needs_to_know_what_was_drawn_before_is_not_launched_ahead(

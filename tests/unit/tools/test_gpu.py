@@ -119,8 +119,8 @@ def test_the_check_of_overlapping_steps_holds_without_a_card_as_well() -> None:
 
 
 def test_the_check_of_overlapping_steps_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    token_ids = _Latest.token_ids
-    monkeypatch.setattr(_Latest, "token_ids", lambda self, plan: token_ids(self, plan) ^ 1)
+    tokens_of = _Latest.tokens_of
+    monkeypatch.setattr(_Latest, "tokens_of", lambda self, plan: tokens_of(self, plan) ^ 1)
     assert compare_overlap("here", tiny_model(), count=12).found > 3
 
 
