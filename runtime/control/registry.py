@@ -15,6 +15,9 @@ from understudy.protocol.messages import Capacity, Heartbeat, Hello, Role
 
 EPOCH_MAX: Final = 2**63 - 1
 """More than is ever reached; a Hello that names a later one, not given out here, gets no answer."""
+MEMBERS_MAX: Final = 1024
+"""Names that are remembered. Who comes when there are more takes the place of the one that has been
+dead for longest; while all are alive, newcomers get no answer."""
 
 
 class MemberState(Enum):
@@ -92,6 +95,8 @@ class Registry:
         # have begun to count below those that its members have seen.
         self._next_epoch = max(self._next_epoch, hello.last_epoch + 1)
         present = self._by_name.get(hello.name)
+        if present is None and not self._make_room():
+            return None
         if present is not None and present.is_alive:
             if present.identity == identity:
                 return self._greet_again(present, hello, now)
@@ -117,6 +122,17 @@ class Registry:
         self._by_name[hello.name] = self._by_identity[identity] = member
         is_replaced = present is not None and present.is_alive
         return Greeting(member, True, present if is_replaced else None)
+
+    def _make_room(self) -> bool:
+        """Forget somebody dead, if there are too many names for one more."""
+        if len(self._by_name) < MEMBERS_MAX:
+            return True
+        dead = [member for member in self._by_name.values() if not member.is_alive]
+        if not dead:
+            return False
+        oldest = min(dead, key=lambda member: member.heard_at)
+        del self._by_name[oldest.name], self._by_identity[oldest.identity]
+        return True
 
     def _greet_again(self, member: Member, hello: Hello, now: float) -> Greeting:
         """Answer the present incarnation of a name."""

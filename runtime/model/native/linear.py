@@ -18,6 +18,8 @@ from understudy.runtime.model.quantization import LEVELS_INT8, Int8Weight, check
 
 _PANEL = 32
 """Outputs that the kernels keep side by side."""
+_INT8_INPUTS_MAX = (2**31 - 1) // (127 * 128)
+"""The sum of more products may not fit 32 bits."""
 
 
 class NativeLinear:
@@ -101,6 +103,8 @@ def pack(library: Library, weight: Tensor | Int8Weight) -> Packed:
 
 def _pack_int8(library: Library, weight: Int8Weight) -> Packed:
     outputs, inputs = weight.values.shape
+    if inputs > _INT8_INPUTS_MAX:
+        raise ValueError(f"{inputs} inputs are too many for sums of int8 products")
     width = -(-inputs // 4) * 4
     panels = on_large_pages(library, (-(-outputs // _PANEL), width, _PANEL), torch.int8)
     start = torch.empty(len(panels) * _PANEL, dtype=torch.int32)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from understudy.protocol.messages import Capacity, Hello, Role
 from understudy.runtime.control.registry import (
     EPOCH_MAX,
+    MEMBERS_MAX,
     Greeting,
     MemberState,
     Registry,
@@ -171,6 +172,26 @@ def test_no_stranger_can_use_epochs_up(registry: Registry) -> None:
         again = greet(registry, hello(last_epoch=member.epoch), "engine-0.1", 7.0)
         assert again.is_new_session
         assert again.member.epoch < 2**64
+
+
+def test_no_crowd_of_strangers_makes_it_grow_without_end(registry: Registry) -> None:
+    engine = greet(registry, hello("engine-0"), "engine-0.1", 1.0).member
+    gone = greet(registry, hello("engine-1"), "engine-1.1", 2.0).member
+    registry.bury(gone)
+    strangers = [
+        greet(registry, hello(f"stranger-{n}", role=Role.GATEWAY), f"stranger-{n}.1", 3.0 + n)
+        for n in range(MEMBERS_MAX - 1)
+    ]
+    assert registry.named("engine-1") is None, "the dead give way first"
+    assert registry.get("engine-1.1") is None
+    assert registry.greet(hello("late"), "late.1", 9.0) is None, "the living do not"
+    assert greet(registry, hello("engine-0"), "engine-0.2", 9.0).replaced is engine
+    for n in (7, 5):
+        registry.bury(strangers[n].member)
+    assert greet(registry, hello("late"), "late.1", 9.0).is_new_session
+    assert registry.named("stranger-5") is None, "who was heard of last longest ago"
+    assert registry.named("stranger-7") is not None
+    assert len(registry.members(Role.GATEWAY)) + len(registry.members(Role.ENGINE)) == MEMBERS_MAX
 
 
 @pytest.mark.parametrize("identity", ["engine-0", "", ".", "engine-0.x", "e." + "9" * 99])

@@ -111,6 +111,19 @@ def test_sums_of_extreme_integers_do_not_saturate() -> None:
     torch.testing.assert_close(result, sums / 127.0, atol=0.0, rtol=1e-6)
 
 
+def test_a_weight_is_refused_where_its_sums_would_not_fit() -> None:
+    widest = 132_104
+    weight = Int8Weight(torch.full((1, widest), -128, dtype=torch.int8), torch.ones(1))
+    for sign in (1.0, -1.0):
+        found = int8_linear_of(weight)(torch.full((1, widest), sign), (1,))
+        assert found.item() == pytest.approx(-128.0 * sign * widest, rel=1e-6)
+    library = compiled()
+    assert library is not None
+    wider = Int8Weight(torch.zeros(1, widest + 1, dtype=torch.int8), torch.ones(1))
+    with pytest.raises(ValueError, match="132105 inputs are too many"):
+        pack(library, wider)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_what_is_no_number_stays_in_its_row(bad: float, kind: str) -> None:
