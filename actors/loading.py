@@ -127,8 +127,7 @@ def _load_encoder(config: EngineConfig, max_model_len: int) -> Loaded:
 
 
 def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loaded:
-    # Here and not above: torch takes a second to import, and only an engine with a model needs it.
-    with postponing():
+    with postponing():  # here and not above: an engine without a model needs no torch
         import torch
 
     from understudy.actors.speculation import load_speculator
@@ -141,8 +140,8 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         torch.set_num_threads(config.threads)
     device = _device(config, has_cuda=torch.cuda.is_available())
     torch_device = torch.device(device)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = dtypes.get(config.dtype) or default_dtype(torch_device)
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
+    dtype = named or default_dtype(torch_device)
     model = load_model(
         config.model,
         dtype=dtype,

@@ -41,7 +41,12 @@ DANGEROUS_MODULES: Final = {
     "pickle",
     "shelve",
 }
-SAFE_IMPORTLIB: Final = {"importlib.metadata", "importlib.resources"}
+SAFE_IMPORTLIB: Final = {
+    "importlib.abc",
+    "importlib.machinery",
+    "importlib.metadata",
+    "importlib.resources",
+}
 DANGEROUS_CALLS: Final = {
     "__import__",
     "compile",

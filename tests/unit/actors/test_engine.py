@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from tests.simulation.stage import VirtualCard
-from understudy.actors.engine import ABANDONED_AFTER_S, ENDED_KEPT_S, Engine, engine_hello
+from tests.unit.actors.engine_stage import NUM_BLOCKS, Stage, make_engine, request
+from understudy.actors.engine import ABANDONED_AFTER_S, ENDED_KEPT_S, Engine
 from understudy.protocol.messages import (
     Accepted,
     Assign,
@@ -17,7 +17,6 @@ from understudy.protocol.messages import (
     Fenced,
     Hello,
     Inventory,
-    Message,
     Pulse,
     Role,
     StepOutput,
@@ -28,103 +27,16 @@ from understudy.protocol.request import (
     FinishReason,
     Request,
     SamplingParams,
-    TokenRow,
     extend_prefix_hash,
 )
-from understudy.runtime.echo import EchoRunner
 from understudy.runtime.kit.actor import SUPERVISOR, BeatingActor, CloseSession, Effect, OpenSession
 from understudy.runtime.kit.clock import VirtualClock
 from understudy.runtime.kit.membership import SUPERVISOR_SILENT_S
 from understudy.runtime.scheduling.decision import (
     Draws,
-    Flight,
-    OutOfMemory,
-    Runner,
     SampledToken,
     StepPlan,
 )
-from understudy.runtime.scheduling.scheduler import SchedulerConfig
-
-NUM_BLOCKS = 16
-CONFIG = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, block_size=4)
-
-
-def request(
-    request_id: int, *, prompt: int = 3, max_tokens: int = 5, seed: int = 7, **params: Any
-) -> Request:
-    sampling = SamplingParams(seed=seed, max_tokens=max_tokens, **params)
-    return Request(request_id, request_id, tuple(range(1, prompt + 1)), sampling)
-
-
-def make_engine(runner: Runner, clock: VirtualClock) -> Engine:
-    hello = engine_hello(
-        "engine-0",
-        pid=41,
-        start_time=7,
-        model="demo",
-        numerics="echo",
-        scheduler_config=CONFIG,
-        num_blocks=NUM_BLOCKS,
-    )
-    return Engine(
-        hello,
-        scheduler_config=CONFIG,
-        num_blocks=NUM_BLOCKS,
-        runner=runner,
-        card=VirtualCard(),
-        clock=clock,
-    )
-
-
-class Stage:
-    """An engine, and what it sends."""
-
-    def __init__(self, *, step_s: float = 0.0) -> None:
-        self.clock = VirtualClock(100.0)
-        self.engine = make_engine(
-            EchoRunner(self.clock, vocab_size=1000, step_s=step_s), self.clock
-        )
-        self.steps: list[int] = []
-
-    def turn(self, *messages: Message) -> list[Effect]:
-        for message in messages:
-            self.engine.handle(message, SUPERVISOR, self.clock.now())
-        self.engine.decide(self.clock.now())
-        self.engine.check_integrity()
-        return self.engine.outbox.take()
-
-    def rows(self, *messages: Message) -> list[TokenRow]:
-        """One turn; gives the rows that it reported."""
-        rows: list[TokenRow] = []
-        for effect in self.turn(*messages):
-            message = getattr(effect, "message", None)
-            if isinstance(message, StepOutput):
-                self.steps.append(message.step)
-                rows += message.rows
-        return rows
-
-    def join(self, epoch: int) -> None:
-        self.turn()
-        self.turn(Welcome(epoch))
-
-    def run(self, *messages: Message) -> dict[int, list[int]]:
-        """Turns until nothing more comes; the tokens of each request that ended."""
-        outputs: dict[int, list[int]] = {}
-        rows = self.rows(*messages)
-        while rows:
-            for row in rows:
-                outputs.setdefault(row.request_id, []).extend(row.tokens)
-            rows = self.rows()
-        return outputs
-
-    @property
-    def blocks_free(self) -> int:
-        return self.engine.heartbeat(self.clock.now()).blocks_free
-
-    @property
-    def num_sequences(self) -> int:
-        beat = self.engine.heartbeat(self.clock.now())
-        return beat.running + beat.waiting
 
 
 @pytest.fixture
@@ -421,134 +333,3 @@ def test_the_deadline_of_an_older_attempt_ends_nothing() -> None:
     stage.rows(Assign(request(1, max_tokens=6), 1, deadline_s=0.15))
     outputs = stage.run(Assign(request(1, max_tokens=6), 2, deadline_s=100.0))
     assert len(outputs[1]) == 6
-
-
-# Steps that overlap
-
-
-class Device:
-    """A runner that notes what is launched and what is waited for; it draws the step's number."""
-
-    overlaps = True
-
-    def __init__(self) -> None:
-        self.noted: list[str] = []
-        self.too_large: set[int] = set()
-        self.too_large_at_end: set[int] = set()
-
-    def execute(self, plan: StepPlan) -> Draws:
-        raise AssertionError("steps are launched")
-
-    def launch(self, plan: StepPlan) -> Flight:
-        if plan.step in self.too_large:
-            raise OutOfMemory
-        self.noted.append(f"launch {plan.step}")
-        return DeviceFlight(self, plan)
-
-
-class DeviceFlight(NamedTuple):
-    device: Device
-    plan: StepPlan
-
-    def collect(self) -> Draws:
-        self.device.noted.append(f"collect {self.plan.step}")
-        if self.plan.step in self.device.too_large_at_end:
-            raise OutOfMemory
-        return {
-            share.sequence.request_id: (SampledToken(self.plan.step),)
-            for share in self.plan.scheduled
-        }
-
-
-class DeviceStage(Stage):
-    """An engine with a device of its own, and one request that decodes."""
-
-    def __init__(self, **params: Any) -> None:
-        super().__init__()
-        self.device = Device()
-        self.card = VirtualCard()
-        self.engine = make_engine(self.device, self.clock)
-        self.engine._card = self.card
-        self.join(5)
-        self.rows(Assign(request(1, **params), 1))
-        assert self.device.noted == ["launch 1", "collect 1"], "a prompt is nobody's follower"
-        self.device.noted.clear()
-
-
-def test_the_next_step_is_launched_before_the_last_one_is_waited_for_and_reported() -> None:
-    stage = DeviceStage()
-    assert [row.tokens for row in stage.rows()] == [(2,)]
-    assert stage.device.noted == ["launch 2", "launch 3", "collect 2"]
-    assert stage.card.request_ids == [1], "a step is under way"
-    assert stage.engine.heartbeat(stage.clock.now()).phase == "step"
-    assert stage.engine.wake_at == stage.clock.now()
-    assert [row.tokens for row in stage.rows()] == [(3,)]
-    assert stage.device.noted[3:] == ["launch 4", "collect 3"]
-    # The fifth token is the last, and it is known that nothing comes behind it.
-    [row] = [row for _ in range(2) for row in stage.rows() if row.finish]
-    assert stage.device.noted[5:] == ["launch 5", "collect 4", "collect 5"]
-    assert (row.tokens, row.finish) == ((5,), FinishReason.LENGTH)
-    assert stage.card.request_ids == []
-    assert stage.engine.heartbeat(stage.clock.now()).phase == "idle"
-    assert stage.blocks_free == NUM_BLOCKS
-
-
-def test_an_end_that_nobody_could_know_costs_a_step_and_no_token() -> None:
-    stage = DeviceStage(stop_token_ids=(3,), max_tokens=9)
-    assert [row.tokens for row in stage.rows()] == [(2,)]
-    [row] = stage.rows()
-    assert (row.tokens, row.finish) == ((3,), FinishReason.STOP)
-    assert stage.blocks_free == NUM_BLOCKS
-    assert stage.device.noted[-2:] == ["launch 4", "collect 3"]
-    assert stage.engine.wake_at == stage.clock.now(), "for what it has launched"
-    assert stage.rows() == []
-    assert stage.device.noted[-1] == "collect 4"
-    wake_at = stage.engine.wake_at
-    assert wake_at is not None
-    assert wake_at > stage.clock.now()
-
-
-def test_a_newcomer_starts_when_the_step_under_way_is_over() -> None:
-    stage = DeviceStage(max_tokens=9)
-    stage.rows()
-    stage.device.noted.clear()
-    assert [row.tokens for row in stage.rows(Assign(request(2, prompt=9), 1))] == [(3,)]
-    assert {row.request_id: row.tokens for row in stage.rows()} == {1: (4,), 2: (4,)}
-    assert stage.device.noted == ["collect 3", "launch 4", "collect 4"]
-
-
-def test_what_is_cancelled_under_way_says_nothing_more() -> None:
-    stage = DeviceStage(max_tokens=9)
-    stage.rows()
-    assert stage.rows(Cancel(1)) == []
-    assert stage.device.noted[-1] == "collect 3"
-    assert stage.card.request_ids == []
-    assert stage.blocks_free == NUM_BLOCKS
-
-
-def test_an_engine_that_is_told_to_stop_blames_nobody_for_the_step_under_way() -> None:
-    stage = DeviceStage(max_tokens=9)
-    stage.rows()
-    assert stage.card.request_ids == [1]
-    stage.engine.land()
-    assert stage.device.noted[-1] == "collect 3"
-    assert stage.card.request_ids == []
-    stage.engine.land()
-
-
-def test_a_step_that_does_not_fit_at_its_end_is_shed() -> None:
-    stage = DeviceStage(max_tokens=9, logprobs=1)
-    stage.device.too_large_at_end = {2}
-    assert stage.rows() == []
-    assert stage.engine.heartbeat(0.0).num_shed == 1
-    stage.clock.sleep(1.0)
-    assert [row.tokens for row in stage.rows()] == [(3,)]
-
-
-def test_a_second_step_that_does_not_fit_waits_for_the_first() -> None:
-    stage = DeviceStage(max_tokens=9)
-    stage.device.too_large = {3}
-    assert [row.tokens for row in stage.rows()] == [(2,)]
-    assert stage.device.noted == ["launch 2", "collect 2"]
-    assert [row.tokens for row in stage.rows()] == [(4,)]
-    assert stage.engine.heartbeat(0.0).num_shed == 0

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from tests.unit.actors.engine_stage import Stage as EngineStage
 from tests.unit.actors.supervisor_stage import (
     ENGINES,
     GATEWAY,
@@ -14,7 +15,6 @@ from tests.unit.actors.supervisor_stage import (
     dies_by_will,
     stage_with,
 )
-from tests.unit.actors.test_engine import Stage as EngineStage
 from understudy.protocol.messages import (
     Accepted,
     Assign,
