@@ -94,17 +94,21 @@ class _Drawer(NamedTuple):
 class _Latest(NamedTuple):
     """What the step that was launched last draws."""
 
-    request_ids: list[int]
-    token_ids: Tensor
+    shares: list[ScheduledSequence]
+    token_ids: Tensor | list[int]
 
-    def tokens_of(self, plan: StepPlan) -> Tensor:
+    def tokens_of(self, plan: StepPlan, device: torch.device) -> Tensor:
         """The tokens of a plan's sequences, on the device; nobody may know them yet."""
-        request_ids = [share.sequence.request_id for share in plan.scheduled]
-        if request_ids == self.request_ids:
-            return self.token_ids
-        places = {request_id: place for place, request_id in enumerate(self.request_ids)}
-        index = np.array([places[request_id] for request_id in request_ids])
-        return self.token_ids.index_select(0, to_device(index, self.token_ids.device))
+        drawn = [share.sequence.request_id for share in self.shares]
+        wanted = [share.sequence.request_id for share in plan.scheduled]
+        tokens = self.token_ids
+        if not isinstance(tokens, Tensor):
+            tokens = torch.tensor(tokens, device=device)
+        if wanted == drawn:
+            return tokens
+        places = {request_id: place for place, request_id in enumerate(drawn)}
+        index = np.array([places[request_id] for request_id in wanted])
+        return tokens.index_select(0, to_device(index, device))
 
 
 class _Flight:
@@ -202,8 +206,7 @@ class ModelRunner:
         ]
         rows = [row for drawer in drawers for row in drawer.rows(is_ahead=plan.is_ahead)]
         drawing = self._sampler.draw(logits, rows)
-        request_ids = [share.sequence.request_id for share in sampled]
-        self._latest = _Latest(request_ids, drawing.token_ids)
+        self._latest = _Latest(sampled, drawing.token_ids)
         return _Flight(pooled, drawers, drawing)
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
@@ -271,7 +274,7 @@ class ModelRunner:
 
     def _undecided(self, plan: StepPlan) -> Tensor:
         assert self._latest is not None, "nothing is under way"
-        return self._latest.tokens_of(plan)
+        return self._latest.tokens_of(plan, self._model.device)
 
     def _decode(self, plan: StepPlan) -> Decoded | None:
         """Compute a step of single tokens by a graph, where there are graphs."""

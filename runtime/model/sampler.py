@@ -95,26 +95,42 @@ class Drawing:
     """Tokens that a device draws: it can go on with them before they are known here."""
 
     def __init__(
-        self, rows: Rows[SamplingRow], token_ids: Tensor, is_finite: Tensor, raw: Tensor | None
+        self,
+        rows: Rows[SamplingRow],
+        token_ids: Tensor | list[int],
+        is_finite: Tensor,
+        raw: Tensor | None,
     ) -> None:
         """``raw`` are log-probabilities, of the rows that report them, one below the other."""
         self.token_ids = token_ids
-        """``[rows]``, int64, on the device."""
+        """``[rows]``, int64, on the device, or known."""
         self._rows = rows
         self._raw = raw
-        self._copy = HostCopy(torch.stack((token_ids, is_finite.to(torch.int64))))
+        self._is_finite = is_finite
+        self._copy: HostCopy | None = None
+        if isinstance(token_ids, Tensor):
+            self._copy = HostCopy(torch.stack((token_ids, is_finite.to(torch.int64))))
 
     def collect(self) -> Drawn:
         """Wait for the tokens."""
-        token_ids, is_finite = self._copy.wait().tolist()
+        token_ids, is_finite = self._wait()
         tokens = [SampledToken(token) for token in token_ids]
-        if self._raw is not None:
-            reported = [i for i, row in enumerate(self._rows) if row.params.logprobs is not None]
-            for index, raw in zip(reported, self._raw, strict=True):
-                num_top = self._rows[index].params.logprobs or 0
-                logprobs = _token_logprobs(raw, token_ids[index], num_top)
-                tokens[index] = SampledToken(token_ids[index], logprobs)
-        return Drawn(tokens, list(map(bool, is_finite)))
+        if self._raw is None:
+            return Drawn(tokens, is_finite)
+        reported = [i for i, row in enumerate(self._rows) if row.params.logprobs is not None]
+        for index, raw in zip(reported, self._raw, strict=True):
+            num_top = self._rows[index].params.logprobs or 0
+            logprobs = _token_logprobs(raw, token_ids[index], num_top)
+            tokens[index] = SampledToken(token_ids[index], logprobs)
+        return Drawn(tokens, is_finite)
+
+    def _wait(self) -> tuple[list[int], list[bool]]:
+        if self._copy is not None:
+            token_ids, is_finite = self._copy.wait().tolist()
+            return token_ids, list(map(bool, is_finite))
+        assert isinstance(self.token_ids, list)
+        known: list[bool] = self._is_finite.tolist()
+        return self.token_ids, known
 
 
 class Sampler:
@@ -146,11 +162,8 @@ class Sampler:
         for index, row in enumerate(rows):
             self._adjust(logits[index], row)
         self._forbid_masked(logits, rows)
-        if self._has_kernels:
-            token_ids = _drawn_by_kernels(logits, rows)
-        else:
-            token_ids = torch.tensor(self._draw(logits, rows), device=logits.device)
-        return Drawing(rows, token_ids, is_finite, raw)
+        drawn = _drawn_by_kernels if self._has_kernels else self._draw
+        return Drawing(rows, drawn(logits, rows), is_finite, raw)
 
     def _are_finite(self, logits: Tensor) -> Tensor:
         """Whether the numbers of each row of ``logits``, but for forbidden ones, are finite."""
