@@ -54,6 +54,8 @@ class _Computed(NamedTuple):
 
     logits: Tensor | None
     pooled: Mapping[int, Pooled]
+    drawing: list[ScheduledSequence]
+    """The shares at whose ends tokens are drawn."""
 
 
 class _Drawer(NamedTuple):
@@ -193,10 +195,9 @@ class ModelRunner:
     def _launch(self, plan: StepPlan) -> Flight:
         if self._grammar_masks is not None:
             self._grammar_masks.begin(plan.scheduled)
-        logits, pooled = self._compute(plan)
+        logits, pooled, sampled = self._compute(plan)
         if logits is None:
             return _Flight(pooled, (), None)
-        sampled = _drawing(plan)
         masks: Mapping[int, Masks | NoDraw] = {}
         if self._grammar_masks is not None:
             masks = self._grammar_masks.collect(sampled)
@@ -227,7 +228,7 @@ class ModelRunner:
         decoded = self._decode(plan)
         drawing = _drawing(plan)
         if decoded is not None and len(drawing) == len(plan.scheduled):
-            return _Computed(decoded.logits, {})
+            return _Computed(decoded.logits, {}, drawing)
         hidden = self._forward(plan) if decoded is None else decoded.hidden
         pooled = self._pooler.pool(plan.scheduled, hidden)
         last_rows: list[int] = []
@@ -237,9 +238,9 @@ class ModelRunner:
             if plan.is_ahead or scheduled.draws:
                 last_rows += range(num_rows - 1 - len(scheduled.draft), num_rows)
         if not last_rows:
-            return _Computed(None, pooled)
+            return _Computed(None, pooled, drawing)
         index = to_device(np.array(last_rows), self._model.device)
-        return _Computed(self._model.logits(hidden.index_select(0, index)), pooled)
+        return _Computed(self._model.logits(hidden.index_select(0, index)), pooled, drawing)
 
     @property
     def guesses(self) -> bool:

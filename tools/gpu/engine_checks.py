@@ -47,6 +47,16 @@ class _GraphModel(NamedTuple):
     weights: Quantization = "none"
     kv_dtype: torch.dtype | None = None
 
+    def make(self, device: torch.device) -> Transformer:
+        """Two layers of it: enough for what is compared, and made in no time."""
+        return random_model(
+            replace(self.shape, num_layers=2),
+            device,
+            quantization=self.weights,
+            kv_dtype=self.kv_dtype,
+            numerics=self.numerics,
+        )
+
 
 _GRAPH_MODELS: Final = (
     _GraphModel("Qwen2.5-0.5B", QWEN_2_5_05B, "fast"),
@@ -127,14 +137,8 @@ def _is_disproved(model: Transformer) -> float:
 
 def check_graphs(device: torch.device) -> Iterator[Finding]:
     """Steps by graphs against the same steps without."""
-    for name, shape, numerics, weights, kv_dtype in _GRAPH_MODELS:
-        model = random_model(
-            replace(shape, num_layers=2),
-            device,
-            quantization=weights,
-            kv_dtype=kv_dtype,
-            numerics=numerics,
-        )
+    for made in _GRAPH_MODELS:
+        model, name, numerics = made.make(device), made.name, made.numerics
         for count in (1, 2, 5, 16, 33, 128, 256):
             sequences = random_sequences(model, count, 100, length_step=5)
             num_blocks = sum(len(sequence.block_table) for sequence in sequences)
@@ -169,16 +173,9 @@ def _decoded(runner: ModelRunner, sequences: list[Sequence]) -> tuple[Tensor, Te
 
 def check_overlap(device: torch.device) -> Iterator[Finding]:
     """Steps that are launched before the last one is over, against the same one after another."""
-    for name, shape, numerics, weights, kv_dtype in _GRAPH_MODELS:
-        if numerics == "exact":
-            model = random_model(
-                replace(shape, num_layers=2),
-                device,
-                quantization=weights,
-                kv_dtype=kv_dtype,
-                numerics=numerics,
-            )
-            yield compare_overlap(f"{name} overlap", model)
+    for made in _GRAPH_MODELS:
+        if made.numerics == "exact":
+            yield compare_overlap(f"{made.name} overlap", made.make(device))
 
 
 def compare_overlap(what: str, model: Transformer, count: int = 40) -> Finding:
