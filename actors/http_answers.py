@@ -278,8 +278,11 @@ class Answers:
             outputs = self._outputs(opened)
             sinks = [collected.add(output, "") for output in outputs]
             self._begin(open_requests, opened, outputs, sinks)
-            await settled()
-            collected.raise_error()
+            try:
+                await settled()
+                collected.raise_error()
+            finally:
+                collected.close()
 
     async def look(self, output: ChoiceOutput, sink: Sink, complete: Awaitable[None]) -> None:
         """Join a request for as long as it takes to learn what is known of it."""

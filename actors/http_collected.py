@@ -100,5 +100,12 @@ class CollectedAnswer:
         Raises:
             RequestError: one of them could not go on.
         """
-        await self._over
-        return [choice.answer() for choice in self._choices]
+        try:
+            await self._over
+            return [choice.answer() for choice in self._choices]
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the choices, which know their collection: only a collector would free that."""
+        self._choices.clear()

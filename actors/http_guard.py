@@ -87,7 +87,8 @@ class _Guard(asyncio.Protocol):
         if self._inner is None or self.transport is None:
             return
         self._guards.forget(self, self._address)
-        self._inner.connection_lost(exc)
+        inner, self._inner, self.transport = self._inner, None, None
+        inner.connection_lost(exc)
 
     def begin_request(self) -> None:
         """A header has come, whole."""

@@ -31,6 +31,7 @@ from understudy.actors.http_messages import MessageEndpoints
 from understudy.actors.http_native import NativeEndpoints
 from understudy.actors.http_pooled import PooledCalls
 from understudy.actors.http_pooling import PoolingEndpoints
+from understudy.actors.http_refusals import forget_frames
 from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.actors.http_responses import ResponseEndpoints
 from understudy.actors.http_routes import Endpoints, add_routes, routes
@@ -222,23 +223,30 @@ def _error_middleware(chance: random.Random) -> Middleware:
         request[_REQUEST_ID] = _request_id(request, chance)
         try:
             return await handler(request)
-        except RequestError as error:
-            return _error_response(request, error, chance)
-        except web.HTTPException as error:
-            response = _error_response(request, _own_error(error), chance, status=error.status)
-            if hdrs.ALLOW in error.headers:
-                response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
-            return response
         except ConnectionError:
             raise  # the client is gone; aiohttp knows what to do
         except Exception as error:  # noqa: BLE001 - the outermost frame of a call
-            # Its own path may say more than the log should know.
-            resource = request.match_info.route.resource
-            path = None if resource is None else resource.canonical
-            get_logger().error("a request failed", path=path, where=where_it_failed(error))
-            return _error_response(request, InternalError("the gateway failed"), chance)
+            response = _answer_to(error, request, chance)
+            forget_frames(error)
+            return response
 
     return answer
+
+
+def _answer_to(error: Exception, http_request: web.Request, chance: random.Random) -> web.Response:
+    """What a client is told of what a handler raised."""
+    if isinstance(error, RequestError):
+        return _error_response(http_request, error, chance)
+    if isinstance(error, web.HTTPException):
+        response = _error_response(http_request, _own_error(error), chance, status=error.status)
+        if hdrs.ALLOW in error.headers:
+            response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
+        return response
+    # Its own path may say more than the log should know.
+    resource = http_request.match_info.route.resource
+    path = None if resource is None else resource.canonical
+    get_logger().error("a request failed", path=path, where=where_it_failed(error))
+    return _error_response(http_request, InternalError("the gateway failed"), chance)
 
 
 def _own_error(error: web.HTTPException) -> RequestError:

@@ -241,28 +241,15 @@ class EventStream:
         Raises:
             RequestError: before the first event.
         """
-        is_early = await self._wait_for_news()
-        while self._error is None and (
-            self._is_replaying if is_early else not self._requests.are_answered
-        ):
-            self._news.clear()
-            is_early = await self._wait_for_news()
-        if self._error is not None:
-            raise self._error
-        await self._open()
-        if not is_early:
-            self.write(KEEP_ALIVE)
         try:
-            if await self._stream() and (last := last_event()):
-                self.write(last)
-        except ConnectionError:
-            pass  # the client is gone: aiohttp finds out when it ends the response
-        except Exception as error:  # noqa: BLE001 - the outermost frame of a call
-            get_logger().error("a stream failed", where=where_it_failed(error))
-            if not self._transport.is_closing():
-                self.write(self._shape_error(InternalError("the gateway failed")))
+            is_early = await self._wait_until_taken()
+            await self._open()
+            if not is_early:
+                self.write(KEEP_ALIVE)
+            await self._stream_to_end(last_event)
         finally:
             self.is_flowing = False
+            self._choices.clear()  # each knows its stream: only a collector would free that circle
         return self._response
 
     def write(self, data: bytes) -> None:
@@ -298,6 +285,33 @@ class EventStream:
     @property
     def _is_replaying(self) -> bool:
         return any(choice.is_replaying for choice in self._choices)
+
+    async def _wait_until_taken(self) -> bool:
+        """Wait for the requests to be taken; whether that took less than a sign of life may.
+
+        Raises:
+            RequestError: one of them was refused.
+        """
+        is_early = await self._wait_for_news()
+        while self._error is None and (
+            self._is_replaying if is_early else not self._requests.are_answered
+        ):
+            self._news.clear()
+            is_early = await self._wait_for_news()
+        if self._error is not None:
+            raise self._error
+        return is_early
+
+    async def _stream_to_end(self, last_event: Callable[[], bytes]) -> None:
+        try:
+            if await self._stream() and (last := last_event()):
+                self.write(last)
+        except ConnectionError:
+            pass  # the client is gone: aiohttp finds out when it ends the response
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a call
+            get_logger().error("a stream failed", where=where_it_failed(error))
+            if not self._transport.is_closing():
+                self.write(self._shape_error(InternalError("the gateway failed")))
 
     async def _open(self) -> None:
         if self._is_chunked:

@@ -8,7 +8,8 @@ Requests of 32 tokens arrive as a Poisson process at 1x ... 10x of it. From the 
 *Goodput* is tokens of complete streams that ended in the measured time; *refused* is from sending
 the request to the refusal's header. Then a burst of three times what the queue and the engines hold
 comes at once, and whoever is refused comes back when told (O2). Nothing is asserted: the figures
-are for people. The clients share the machine with the server: the load average is part of them.
+are for people. The clients share the machine with the server, and the machine its host: the load
+average, and how much the host took (*stolen*), are part of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import uvloop
 from tests.cluster import running_cluster
 from tests.performance.connections import (
     Connection,
+    StolenTime,
     allow_files,
     close_all,
     completion,
@@ -43,7 +45,7 @@ CAPACITY: Final = ENGINES * SEQUENCES * TOKENS_PER_S / TOKENS
 QUEUE_MAX: Final = 64
 MULTIPLES: Final = (1.0, 2.0, 3.0, 5.0, 10.0)
 WARM_UP_S: Final = 3.0
-ROW: Final = "{:>7} {:>9} {:>9} {:>9} {:>12} {:>12} {:>12}"
+ROW: Final = "{:>7} {:>9} {:>9} {:>9} {:>12} {:>12} {:>14} {:>8}"
 
 
 class Level(NamedTuple):
@@ -59,6 +61,8 @@ class Level(NamedTuple):
     without_retry_after: int
     other: int
     """Neither complete nor refused."""
+    stolen: float
+    """The share of the processors' time that the host took."""
 
 
 async def offer(url: str, multiple: float, duration_s: float, prompt: str) -> Level:
@@ -71,6 +75,7 @@ async def offer(url: str, multiple: float, duration_s: float, prompt: str) -> Le
         request = completion(prompt=prompt, max_tokens=TOKENS)
         connections.append(await connect(url, request))
 
+    host = StolenTime()
     began_at = time.monotonic()
     measured_at, end_at = began_at + WARM_UP_S, began_at + WARM_UP_S + duration_s
     due_at = began_at
@@ -79,6 +84,7 @@ async def offer(url: str, multiple: float, duration_s: float, prompt: str) -> Le
         task = asyncio.ensure_future(call())
         calls.add(task)
         task.add_done_callback(calls.discard)
+    stolen = host.share()
     if calls:
         await asyncio.wait(calls)
     async with asyncio.timeout(60):
@@ -98,6 +104,7 @@ async def offer(url: str, multiple: float, duration_s: float, prompt: str) -> Le
         percentile(waited_ms, 0.99),
         sum(one.retry_after_s is None for one in refused),
         sum(not one.is_complete for one in measured) - len(refused),
+        stolen,
     )
 
 
@@ -146,8 +153,8 @@ def main() -> None:
         url = cluster.base_url
         print(f"capacity {CAPACITY:g} requests/s; load average {load_average()}")
         uvloop.run(offer(url, 1.0, 1.0, "hello"))
-        heads = ("offered", "requests", "tokens/s", "refused", "p50 ms", "p99 ms", "no Retry-After")
-        print(ROW.format(*heads))
+        heads = ("offered", "requests", "tokens/s", "refused", "p50 ms", "p99 ms")
+        print(ROW.format(*heads, "no Retry-After", "stolen"))
         for multiple in arguments.multiples:
             level = uvloop.run(offer(url, multiple, arguments.duration, "word " * arguments.words))
             levels.append(level)
@@ -160,6 +167,7 @@ def main() -> None:
                     f"{level.refused_ms_p50:.1f}",
                     f"{level.refused_ms_p99:.1f}",
                     level.without_retry_after,
+                    f"{level.stolen:.1%}",
                 )
                 + (f"  {level.other} neither" if level.other else ""),
                 flush=True,

@@ -128,8 +128,13 @@ def run_rounds(
     contenders: Sequence[Contender],
     num_rounds: int,
     measure: Callable[[Contender, int], Round],
+    keep: Callable[[Sequence[Round]], None],
 ) -> list[Round]:
-    """All rounds, interleaved. An engine that failed once takes no further part."""
+    """All rounds, interleaved. An engine that failed once takes no further part.
+
+    After each round ``keep`` is given what there is so far: a comparison takes an hour, and what it
+    has measured should outlive its end.
+    """
     rounds: list[Round] = []
     failed: set[str] = set()
     for number in range(num_rounds):
@@ -145,7 +150,8 @@ def run_rounds(
             else:
                 shown = ", ".join(f"{c} {value:.1f}" for c, value in rounds[-1].rates.items())
                 _say(f"round {number + 1}: {name}: {shown}")
-    return [done for done in rounds if done.engine not in failed]
+        keep(so_far := [done for done in rounds if done.engine not in failed])
+    return so_far
 
 
 def panels(rounds: Sequence[Round], columns: Sequence[Column]) -> list[Panel]:
@@ -240,29 +246,29 @@ def main() -> int:
     def measure(contender: Contender, number: int) -> Round:
         return run_once(contender, columns, words, threads=arguments.threads, seed=number)
 
+    settings = settings_object(contenders, model, arguments.threads)
+
+    def keep(rounds: Sequence[Round]) -> None:
+        if rounds and arguments.json is not None:
+            arguments.json.write_text(report_json(as_object(rounds, columns, settings)), "utf-8")
+
     end_in_order_on_sigterm()
-    rounds = run_rounds(contenders, arguments.rounds, measure)
+    rounds = run_rounds(contenders, arguments.rounds, measure, keep)
     if not rounds:
         return 1
     sys.stdout.write(render(medians(rounds), columns) + "\n")
-    if arguments.json is not None:
-        settings = settings_object(contenders, model, arguments.rounds, arguments.threads)
-        arguments.json.write_text(report_json(as_object(rounds, columns, settings)), "utf-8")
     if arguments.plot is not None:
         ours = [contender.peer.name for contender in contenders if is_ours(contender.peer.name)]
         arguments.plot.write_text(bar_chart(panels(rounds, columns), highlighted=ours), "utf-8")
     return 0 if len({done.engine for done in rounds}) == len(contenders) else 1
 
 
-def settings_object(
-    contenders: Sequence[Contender], model: Path, num_rounds: int, threads: int
-) -> dict[str, Any]:
+def settings_object(contenders: Sequence[Contender], model: Path, threads: int) -> dict[str, Any]:
     """What a reader needs to repeat the comparison. Paths are shortened to their last parts."""
     return {
         "machine": machine(),
         "model": model.name,
         "threads": threads,
-        "num_rounds": num_rounds,
         "versions": {contender.peer.name: contender.version for contender in contenders},
         "commands": {
             contender.peer.name: shown_command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -114,6 +115,7 @@ def as_object(
     lines = medians(rounds)
     return {
         **settings,
+        "num_rounds": max(Counter(done.engine for done in rounds).values()),
         "columns": [column._asdict() for column in columns],
         "medians": [line._asdict() for line in lines],
         "ratios": ratios(lines),

@@ -254,9 +254,13 @@ def test_rounds_are_interleaved_and_who_fails_is_left_out(
     contenders = [
         compare.Contender(ScriptedPeer(name), "1", Path("m")) for name in ("sound", "faulty")
     ]
-    rounds = compare.run_rounds(contenders, 3, measure)
+    kept: list[list[str]] = []
+    rounds = compare.run_rounds(
+        contenders, 3, measure, lambda rounds: kept.append([done.engine for done in rounds])
+    )
     assert turns == [("sound", 0), ("faulty", 0), ("sound", 1), ("faulty", 1), ("sound", 2)]
     assert [done.engine for done in rounds] == ["sound"] * 3
+    assert kept == [["sound", "faulty"], ["sound"] * 2, ["sound"] * 3]
     assert "it fell over" in capsys.readouterr().err
 
 
@@ -268,7 +272,7 @@ def test_panels_put_the_fastest_on_top() -> None:
 
 def test_the_settings_name_no_directory_of_the_machine() -> None:
     contender = compare.Contender(ScriptedPeer("fast"), "1", Path("/home/someone/model"))
-    settings = compare.settings_object([contender], Path("/home/someone/model"), 3, 2)
+    settings = compare.settings_object([contender], Path("/home/someone/model"), 2)
     assert "someone" not in json.dumps(settings)
     assert settings["commands"] == {"fast": "engine model 0 2"}
     words = ("/opt/peers/vllm/bin/vllm", "serve", "--model=/home/someone/model", "--port=0")
