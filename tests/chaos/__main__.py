@@ -17,6 +17,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SCENARIOS)}")
     parser.add_argument("--engine", choices=("echo", "model"), default="echo")
+    parser.add_argument(
+        "--setting",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of clusters of that engine, as in quantization=int8",
+    )
     parser.add_argument("--clients", type=int, default=CLIENTS, help=f"streams ({CLIENTS})")
     parser.add_argument("--max-tokens", type=int, default=240, help="tokens of a stream (240)")
     parser.add_argument("--repeats", type=int, default=2, help="how often (2)")
@@ -37,6 +45,7 @@ def main() -> int:
         resumes=arguments.resumes,
         pause_s=15.0,
         minutes=arguments.minutes,
+        settings=dict(arguments.setting),
     )
     figures: list[Figure] = []
     for name in arguments.names or SCENARIOS:
@@ -62,6 +71,14 @@ def main() -> int:
         + "".join(f"; {name} is not" for name in missed)
     )
     return 1 if missed else 0
+
+
+def _setting(text: str) -> tuple[str, str]:
+    """A setting's variable of the environment, and its value."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return f"UNDERSTUDY_{name.upper().replace('-', '_')}", value
 
 
 if __name__ == "__main__":

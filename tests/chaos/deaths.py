@@ -16,7 +16,7 @@ from tests.chaos.workload import mixed_calls, plain_calls
 def f1_kill_each_engine(size: Size) -> list[Figure]:
     """Kill -9 of each engine in turn, under load."""
     comparisons, detections = [], []
-    with on_stage(ECHO_RATE, engine=size.engine) as stage:
+    with on_stage(ECHO_RATE, size=size) as stage:
         calls = mixed_calls(size.clients, seed=size.seed, max_tokens=size.max_tokens)
         golden = stage.golden(calls)
         for repeat in range(2 * size.repeats):
@@ -50,7 +50,7 @@ def f7_kill_supervisor(size: Size) -> list[Figure]:
     """Kill -9 of the supervisor again and again, under load."""
     kills = 0
     comparisons = []
-    with on_stage(ECHO_RATE, engine=size.engine) as stage:
+    with on_stage(ECHO_RATE, size=size) as stage:
         calls = mixed_calls(size.clients, seed=size.seed, max_tokens=size.max_tokens)
         golden = stage.golden(calls)
 
@@ -79,7 +79,7 @@ def f7_kill_supervisor(size: Size) -> list[Figure]:
 def f8_kill_supervisor_and_engine(size: Size) -> list[Figure]:
     """Supervisor and an engine within 50 ms, in either order."""
     comparisons = []
-    with on_stage(ECHO_RATE, engine=size.engine) as stage:
+    with on_stage(ECHO_RATE, size=size) as stage:
         calls = mixed_calls(size.clients, seed=size.seed, max_tokens=size.max_tokens)
         golden = stage.golden(calls)
         orders = itertools.cycle((("supervisor", "engine-0"), ("engine-1", "supervisor")))
@@ -110,7 +110,7 @@ def f8_kill_supervisor_and_engine(size: Size) -> list[Figure]:
 def f9_kill_gateway(size: Size) -> list[Figure]:
     """Kill -9 of the gateway; clients come back with ``Last-Event-ID``."""
     comparisons = []
-    with on_stage(ECHO_RATE, engine=size.engine) as stage:
+    with on_stage(ECHO_RATE, size=size) as stage:
         calls = mixed_calls(size.clients, seed=size.seed, max_tokens=size.max_tokens)
         golden = stage.golden(calls)
         for is_supervisor_too in (False, True) * size.repeats:
@@ -140,7 +140,7 @@ def f9_kill_gateway(size: Size) -> list[Figure]:
 
 def f10_all_engines_die(size: Size) -> list[Figure]:
     """All engines die at once: streams wait and go on."""
-    with on_stage(ECHO_RATE, engine=size.engine) as stage:
+    with on_stage(ECHO_RATE, size=size) as stage:
         calls = mixed_calls(size.clients, seed=size.seed, max_tokens=size.max_tokens)
         golden = stage.golden(calls)
 
@@ -196,7 +196,7 @@ def f18_dead_at_start(size: Size) -> list[Figure]:
 
 def f21_rolling_restart(size: Size) -> list[Figure]:
     """Every process is replaced under load."""
-    with on_stage(ECHO_RATE, engine=size.engine) as stage:
+    with on_stage(ECHO_RATE, size=size) as stage:
         calls = mixed_calls(size.clients, seed=size.seed, max_tokens=2 * size.max_tokens)
         golden = stage.golden(calls)
         before = stage.cluster.pids()

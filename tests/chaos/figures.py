@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from tests.chaos.clients import Call, Comparison
@@ -43,6 +45,8 @@ class Size(NamedTuple):
     """Between two rounds of random kills."""
     minutes: float = 1.0
     """Of the soak."""
+    settings: Mapping[str, str] = MappingProxyType({})
+    """Of the clusters that run this kind of engine, as the environment names them."""
 
 
 def told(comparison: Comparison) -> str:

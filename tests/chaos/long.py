@@ -31,7 +31,7 @@ def f4_random_kills(size: Size) -> list[Figure]:
     source = random.Random(size.seed)
     comparisons: list[Comparison] = []
     kills = 0
-    with on_stage(*_rate(size), engines=len(_ENGINES), engine=size.engine) as stage:
+    with on_stage(*_rate(size), engines=len(_ENGINES), size=size) as stage:
         while stage.cluster.reply().resumed < size.resumes:
             seed = source.getrandbits(32)
             calls = mixed_calls(size.clients, seed=seed, max_tokens=size.max_tokens)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.chaos.clients import KEYS, Call, Comparison, Outcome, Progress, compare, run_calls
+from tests.chaos.figures import Size
 from tests.chaos.proxy import Proxy
 from tests.cluster import WAIT_MAX_S, Cluster, empty_cluster, running_cluster
 from understudy.protocol.messages import StatusReply
@@ -100,8 +101,8 @@ class Stage:
 
 
 @contextmanager
-def on_stage(*flags: str, engines: int = 2, engine: str = "echo") -> Iterator[Stage]:
-    """A cluster whose engines can be sabotaged."""
+def on_stage(*flags: str, engines: int = 2, size: Size | None = None) -> Iterator[Stage]:
+    """A cluster whose engines can be sabotaged: of the kind that a size names, or echo engines."""
     with ExitStack() as stack:
         fault_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cluster = stack.enter_context(
@@ -110,8 +111,11 @@ def on_stage(*flags: str, engines: int = 2, engine: str = "echo") -> Iterator[St
                 f"--key-file={write_keys(fault_dir)}",
                 *flags,
                 engines=engines,
-                engine=engine,
-                environment=sabotaged_environment(fault_dir),
+                engine="echo" if size is None else size.engine,
+                environment={
+                    **({} if size is None else size.settings),
+                    **sabotaged_environment(fault_dir),
+                },
             )
         )
         yield Stage(cluster, fault_dir)

@@ -81,7 +81,7 @@ def _thinking(budget: int) -> dict[str, int]:
 def f3_every_step(size: Size) -> list[Figure]:
     """Kill the engine of one request at each of its steps, or at as many as are asked for."""
     figures = []
-    with _company(size.engine) as company:
+    with _company(size) as company:
         for case in _cases(size.seed):
             [golden] = company.stage.golden([case.call])
             if size.engine == "model":  # the echo follows no grammar
@@ -122,9 +122,9 @@ def _steps(golden: Outcome) -> list[int]:
 class _Company:
     """Actors that the test has started one by one, and starts again."""
 
-    def __init__(self, cluster: Cluster, fault_dir: Path, engine: str) -> None:
+    def __init__(self, cluster: Cluster, fault_dir: Path, size: Size) -> None:
         self.stage = Stage(cluster, fault_dir)
-        self._engine = engine
+        self._size = size
         self._numbers = itertools.count()
         cluster.start("supervisor")
         cluster.start(
@@ -153,13 +153,16 @@ class _Company:
         self.stage.cluster.start(
             "engine",
             f"--name=engine-{next(self._numbers)}",
-            f"--engine={self._engine}",
+            f"--engine={self._size.engine}",
             f"--max-num-batched-tokens={CHUNK}",
-            environment=sabotaged_environment(self.stage.fault_dir),
+            environment={
+                **self._size.settings,
+                **sabotaged_environment(self.stage.fault_dir),
+            },
         )
 
 
 @contextmanager
-def _company(engine: str) -> Iterator[_Company]:
+def _company(size: Size) -> Iterator[_Company]:
     with TemporaryDirectory() as directory, empty_cluster() as cluster:
-        yield _Company(cluster, Path(directory), engine)
+        yield _Company(cluster, Path(directory), size)
