@@ -28,7 +28,7 @@ from understudy.protocol.messages import (
     Role,
     StepOutput,
 )
-from understudy.protocol.request import FinishReason, TokenLogprobs, TokenRow, portions
+from understudy.protocol.request import FinishReason, TokenRow, portions
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.kit.membership import Membership, MembershipChange
@@ -81,7 +81,7 @@ class _Output:
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.position = sequence.num_output_tokens
-        self.logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[bytes] = []
         self.finish = 0
         self.vector = b""
 

@@ -18,6 +18,7 @@ from understudy.protocol.openai.answer import finish_reason_or_error
 from understudy.protocol.openai.deltas import Delta
 from understudy.protocol.openai.logprobs import TokenLogprob, behind_first, spell_logprobs
 from understudy.protocol.openai.presentation import Presentation
+from understudy.protocol.packed_logprobs import unpack_logprobs
 from understudy.protocol.request import FinishReason, Request, TokenRow
 from understudy.runtime.detokenizer import Detokenizer
 from understudy.runtime.parsers.output_parser import OutputParser, marks_of
@@ -387,11 +388,11 @@ class ChoiceOutput:
         """The same token by token, since each entry says where its token's text starts."""
         texts = []
         last = len(row.tokens) - 1
-        for place, (token, logprobs) in enumerate(zip(row.tokens, row.logprobs, strict=True)):
+        for place, (token, packed) in enumerate(zip(row.tokens, row.logprobs, strict=True)):
             entries.append(
                 spell_logprobs(
                     token,
-                    logprobs,
+                    unpack_logprobs(packed),
                     offset=self._detokenizer.num_characters,
                     spell=self._tokenizer.spell,
                 )

@@ -20,6 +20,7 @@ from understudy.protocol.messages import (
     Timelines,
     UsageReply,
 )
+from understudy.protocol.packed_logprobs import pack_logprobs
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -47,7 +48,7 @@ class _Scripted:
         self.request = request
         self.sinks: list[Sink] = []
         self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[bytes] = []
         self.prefix_hash = 0
         self.finish = 0
         self.vector = b""
@@ -300,7 +301,8 @@ class ScriptedGateway:
         position = len(scripted.tokens)
         scripted.prefix_hash = extend_prefix_hash(scripted.prefix_hash, tokens)
         scripted.tokens += tokens
-        scripted.logprobs += logprobs
+        packed = tuple(map(pack_logprobs, logprobs))
+        scripted.logprobs += packed
         scripted.finish = finish
         scripted.vector = vector
         if finish:
@@ -312,7 +314,7 @@ class ScriptedGateway:
             tokens=tokens,
             prefix_hash=scripted.prefix_hash,
             finish=finish,
-            logprobs=logprobs,
+            logprobs=packed,
             vector=vector,
         )
         for sink in list(scripted.sinks):

@@ -26,9 +26,9 @@ import msgpack  # type: ignore[import-untyped]
 from understudy.protocol.errors import ProtocolError
 from understudy.protocol.messages import MESSAGE_TYPES, Message, tag_of
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 """What this release speaks with its equals. A new one comes with messages that older peers lack."""
-PROTOCOL_VERSION_OLDEST: Final = 1
+PROTOCOL_VERSION_OLDEST: Final = 3
 """What it still understands, so that a cluster can be replaced one process at a time."""
 FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 ARRAY_LENGTH_MAX: Final = 1024 * 1024

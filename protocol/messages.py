@@ -109,8 +109,8 @@ class Hello:
     0 if the supervisor cannot ask this process's kernel."""
     numerics: str = ""
     """The class of an engine's numerics: engines of one class make the same bits."""
-    protocol: int = 1
-    """The newest protocol version that it speaks."""
+    protocol: int = 3
+    """The newest protocol version that it speaks; unsaid, the oldest that anybody does."""
 
 
 @message(2, datagram=True)
@@ -118,7 +118,7 @@ class Welcome:
     """The session is open: its frames carry ``epoch``."""
 
     epoch: int
-    protocol: int = 1
+    protocol: int = 3
     """The protocol version of the session: the newest that both speak."""
 
 

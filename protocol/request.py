@@ -203,8 +203,8 @@ class TokenRow(NamedTuple):
     prefix_hash: int
     finish: int
     """A ``FinishReason``, or 0 while the request goes on."""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each of ``tokens``, or empty if the request did not ask."""
+    logprobs: tuple[bytes, ...] = ()
+    """Packed ``TokenLogprobs`` for each of ``tokens``, or empty if the request did not ask."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that the request's first engine found in its cache. Told with the first
     token, and to whoever joins late; 0 in all other rows."""

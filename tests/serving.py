@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from understudy.protocol.packed_logprobs import unpack_logprobs
 from understudy.protocol.request import FinishReason, Request, SamplingParams, TokenLogprobs
 from understudy.runtime.grammar_masks import GrammarMasks
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
@@ -99,7 +100,7 @@ def serve(
             assert row.position == len(served.tokens)
             service.num_cached_tokens += row.num_cached_tokens
             served.tokens += row.tokens
-            served.logprobs += row.logprobs
+            served.logprobs += map(unpack_logprobs, row.logprobs)
             served.finish = FinishReason(row.finish) if row.finish else None
         scheduler.check_integrity()
     assert manager.num_free_blocks == num_blocks

@@ -18,10 +18,10 @@ from enum import Enum
 from itertools import chain, islice
 from typing import Final, NamedTuple
 
+from understudy.protocol.packed_logprobs import are_packed
 from understudy.protocol.request import (
     FinishReason,
     Request,
-    TokenLogprobs,
     TokenRow,
     extend_prefix_hash,
 )
@@ -82,8 +82,8 @@ class Entry:
     never be given up.
     """
     output: list[int] = field(default_factory=list)
-    logprobs: Sequence[TokenLogprobs] = field(default_factory=list)
-    """A list while the request lives."""
+    logprobs: Sequence[bytes] = field(default_factory=list)
+    """Of each token, packed; a list while the request lives."""
     prefix_hash: int = 0
     vector: bytes = b""
     """What the prompt was pooled to; see ``TokenRow``."""
@@ -367,6 +367,8 @@ class Ledger:
 
     def _append(self, entry: Entry, row: TokenRow, now: float) -> Verdict:
         prefix_hash = extend_prefix_hash(entry.prefix_hash, row.tokens)
+        if not are_packed(row.logprobs):
+            return Verdict.BROKEN
         if prefix_hash != row.prefix_hash:
             return Verdict.BROKEN
         if not entry.output:

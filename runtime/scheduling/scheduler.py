@@ -44,6 +44,7 @@ from types import MappingProxyType
 from typing import Final
 
 from understudy.protocol.errors import ConfigurationError
+from understudy.protocol.packed_logprobs import pack_logprobs
 from understudy.protocol.request import FinishReason, TokenRow
 from understudy.runtime.kvcache.kv_cache_manager import KVCacheManager
 from understudy.runtime.scheduling.decision import (
@@ -464,7 +465,7 @@ class Scheduler:
             self._remove(sequence)
         taken = drawn[:num_taken]
         tokens = tuple([one.token_id for one in taken])
-        logprobs = tuple([one.logprobs for one in taken if one.logprobs is not None])
+        logprobs = tuple([pack_logprobs(one.logprobs) for one in taken if one.logprobs is not None])
         row = sequence.row(finish, tokens, logprobs)
         if is_first and sequence.num_cached_tokens:
             return row._replace(num_cached_tokens=sequence.num_cached_tokens)

@@ -12,7 +12,6 @@ from understudy.protocol.request import (
     FinishReason,
     PoolingKind,
     Request,
-    TokenLogprobs,
     TokenRow,
     extend_prefix_hash,
 )
@@ -151,7 +150,7 @@ class Sequence:
         self,
         finish: FinishReason | None,
         tokens: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprobs, ...] = (),
+        logprobs: tuple[bytes, ...] = (),
     ) -> TokenRow:
         """What there is to report of it, with ``tokens`` at the end of its output."""
         return TokenRow(

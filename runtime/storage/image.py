@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from understudy.protocol.request import FinishReason
-from understudy.runtime.storage.logprobs import PackedLogprobs
+from understudy.runtime.storage.kept_logprobs import KeptLogprobs
 from understudy.runtime.storage.records import Admit, CheckpointPayload, Usage, unpack_admit
 
 SERIAL_MASK: Final = (1 << 32) - 1
@@ -246,7 +246,7 @@ class HeldRequest:
     epoch: int
     output: tuple[int, ...]
     prefix_hash: int
-    logprobs: PackedLogprobs
+    logprobs: KeptLogprobs
     """One for each token of the output, or empty."""
     finish: FinishReason | None
     """``None`` while the request lives."""
@@ -415,7 +415,7 @@ def describe(held: Held) -> HeldRequest:
         epoch=held.epoch,
         output=tuple(held.output),
         prefix_hash=held.prefix_hash,
-        logprobs=PackedLogprobs(bytes(held.logprobs)),
+        logprobs=KeptLogprobs(bytes(held.logprobs)),
         finish=FinishReason(held.finish) if held.finish else None,
         code=held.code,
         message=held.message,

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from understudy.protocol.packed_logprobs import split_logprobs
 from understudy.protocol.request import extend_prefix_hash
 from understudy.runtime.storage import records
 from understudy.runtime.storage.image import RUN_STEPS_MAX, Held, Image
-from understudy.runtime.storage.logprobs import pack_logprobs, unpack_logprobs
 from understudy.runtime.storage.records import HEADER, RECORD_HEAD_BYTES, STEP, EndMark
 from understudy.runtime.storage.segments import LENGTH_AND_KIND, Header, RawRecord, Scan
 from understudy.runtime.storage.steps import PLAIN_HEAD, StepPayload, deal_out, read_ends, read_step
@@ -129,8 +129,8 @@ class Replay:
             if held.finish:
                 self.image.forget(held)
             del held.output[doubt.length :]
-            certain = unpack_logprobs(bytes(held.logprobs))[: doubt.length]
-            held.logprobs = bytearray(pack_logprobs(certain))
+            certain = split_logprobs(bytes(held.logprobs))[: doubt.length]
+            held.logprobs = bytearray(b"".join(certain))
             held.prefix_hash = extend_prefix_hash(0, list(held.output))
             if held.finish:
                 self.image.keep_ended(held)

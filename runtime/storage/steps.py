@@ -27,9 +27,8 @@ from itertools import chain
 from struct import Struct
 from typing import Final, NamedTuple
 
-from understudy.protocol.request import TokenLogprobs, TokenRow
+from understudy.protocol.request import TokenRow
 from understudy.runtime.storage.image import RUN_STEPS_MAX, Batch, Image
-from understudy.runtime.storage.logprobs import pack_logprobs
 from understudy.runtime.storage.records import (
     END_MARK,
     FINAL_STEP,
@@ -84,7 +83,7 @@ class _Columns(NamedTuple):
     tokens: tuple[tuple[int, ...], ...]
     prefix_hashes: tuple[int, ...]
     finishes: tuple[int, ...]
-    logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+    logprobs: tuple[tuple[bytes, ...], ...]
 
 
 def write_steps(image: Image, rows: tuple[TokenRow, ...], lsn: int, now: float) -> list[bytes]:
@@ -260,7 +259,7 @@ def _write_general(
         batch.unanchored = 0
     if any(logprobs):
         flags |= LOGPROBS
-        packed = [pack_logprobs(one) for one in logprobs]
+        packed = [b"".join(one) for one in logprobs]
         parts += [numbers.pack(*map(len, packed)), *packed]
         for held, one in zip(members, packed, strict=True):
             held.logprobs += one

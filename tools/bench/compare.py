@@ -137,6 +137,10 @@ def run_rounds(
     """
     rounds: list[Round] = []
     failed: set[str] = set()
+
+    def sound() -> list[Round]:
+        return [done for done in rounds if done.engine not in failed]
+
     for number in range(num_rounds):
         for contender in contenders:
             name = contender.peer.name
@@ -150,8 +154,8 @@ def run_rounds(
             else:
                 shown = ", ".join(f"{c} {value:.1f}" for c, value in rounds[-1].rates.items())
                 _say(f"round {number + 1}: {name}: {shown}")
-        keep(so_far := [done for done in rounds if done.engine not in failed])
-    return so_far
+        keep(sound())
+    return sound()
 
 
 def panels(rounds: Sequence[Round], columns: Sequence[Column]) -> list[Panel]:

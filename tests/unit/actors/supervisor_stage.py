@@ -29,7 +29,6 @@ from understudy.protocol.request import (
     FinishReason,
     Request,
     SamplingParams,
-    TokenLogprobs,
     TokenRow,
     extend_prefix_hash,
 )
@@ -61,7 +60,7 @@ def row(
     before: tuple[int, ...] = (),
     attempt: int = 1,
     finish: int = 0,
-    logprobs: tuple[TokenLogprobs, ...] = (),
+    logprobs: tuple[bytes, ...] = (),
 ) -> TokenRow:
     prefix_hash = extend_prefix_hash(0, (*before, *tokens))
     return TokenRow(request_id, attempt, len(before), tokens, prefix_hash, finish, logprobs)

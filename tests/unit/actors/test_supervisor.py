@@ -30,6 +30,7 @@ from understudy.protocol.messages import (
     Submit,
     Welcome,
 )
+from understudy.protocol.packed_logprobs import pack_logprobs
 from understudy.protocol.request import (
     FinishReason,
     TokenLogprobs,
@@ -83,7 +84,7 @@ def test_rows_that_pile_up_in_one_turn_still_fit_into_frames() -> None:
     """A supervisor that was held up for seconds finds hundreds of steps at once."""
     stage = stage_with()
     stage.turn(GATEWAY, Submit(request(1)))
-    logprobs = (TokenLogprobs(-1.0, tuple((2**20, -1.0) for _ in range(20))),)
+    logprobs = (pack_logprobs(TokenLogprobs(-1.0, tuple((2**20, -1.0) for _ in range(20)))),)
     rows: list[TokenRow] = []
     prefix_hash = 0
     for position in range(3 * DELIVER_ROWS_MAX + 1):

@@ -100,6 +100,7 @@ def test_rows_of_a_request_that_waits_are_stale() -> None:
         row((6,), before=(4,)),
         row((6,), before=(5,))._replace(prefix_hash=0),
         row((6,), before=(5,))._replace(position=-1),
+        row((6,), before=(5,))._replace(logprobs=(b"\x01cut",)),
         row((), before=(4,), finish=FinishReason.STOP),
         row((6,), before=(5,), finish=FinishReason.STOP)._replace(tokens=(7,)),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import ClusterState, Fenced, Hello, Pulse, Role, Welcome
 from understudy.runtime.kit.actor import SUPERVISOR, CloseSession, OpenSession, Outbox, Send
 from understudy.runtime.kit.membership import (
@@ -14,7 +15,7 @@ from understudy.runtime.kit.membership import (
     MembershipChange,
 )
 
-HELLO = Hello(Role.ENGINE, "engine-0", 41, model="demo", protocol=2)
+HELLO = Hello(Role.ENGINE, "engine-0", 41, model="demo", protocol=PROTOCOL_VERSION)
 STATE = ClusterState(1, 1, 2048)
 
 
@@ -62,7 +63,7 @@ def test_a_welcome_opens_a_session_and_a_sign_of_life_follows_it(stage: Stage) -
     stage.membership.decide(1.0)
     stage.outbox.take()
     assert stage.membership.handle(Welcome(7), 1.1) is MembershipChange.JOINED
-    assert stage.said() == [OpenSession(SUPERVISOR, 7, 1)]
+    assert stage.said() == [OpenSession(SUPERVISOR, 7, Welcome(7).protocol)]
     assert stage.membership.is_open
     assert stage.membership.decide(1.1) is None
     assert stage.said() == [Pulse()]
@@ -99,7 +100,9 @@ def test_a_fence_for_its_epoch_ends_the_session_and_hello_names_the_lost_one(mem
     assert not member.membership.is_open
     assert member.membership.decide(101.0) is None
     (hello,) = member.said()
-    assert hello == Hello(Role.ENGINE, "engine-0", 41, model="demo", last_epoch=7, protocol=2)
+    assert hello == Hello(
+        Role.ENGINE, "engine-0", 41, model="demo", last_epoch=7, protocol=PROTOCOL_VERSION
+    )
 
 
 @pytest.mark.parametrize("epoch", [0, 6, 8])
@@ -109,11 +112,12 @@ def test_a_fence_for_another_epoch_is_old_news(member: Stage, epoch: int) -> Non
     assert member.said() == []
 
 
-@pytest.mark.parametrize(("offered", "spoken"), [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("offered", "spoken"), [(-1, -1), (0, 0), (1, 0)])
 def test_a_session_speaks_the_newest_version_that_both_know(offered: int, spoken: int) -> None:
+    """Versions are told from the newest that this release knows."""
     stage = Stage()
-    stage.membership.handle(Welcome(7, offered), 100.0)
-    assert stage.said() == [OpenSession(SUPERVISOR, 7, spoken)]
+    stage.membership.handle(Welcome(7, PROTOCOL_VERSION + offered), 100.0)
+    assert stage.said() == [OpenSession(SUPERVISOR, 7, PROTOCOL_VERSION + spoken)]
 
 
 def test_a_fence_without_a_session_is_old_news(stage: Stage) -> None:
@@ -128,7 +132,7 @@ def test_a_late_welcome_of_a_lost_session_does_not_open_it_again(member: Stage, 
     assert member.membership.handle(Welcome(epoch), 101.1) is None
     assert not member.membership.is_open
     assert member.membership.handle(Welcome(8), 101.2) is MembershipChange.JOINED
-    assert member.said() == [OpenSession(SUPERVISOR, 8, 1)]
+    assert member.said() == [OpenSession(SUPERVISOR, 8, Welcome(8).protocol)]
 
 
 def test_a_silent_supervisor_counts_as_lost_and_not_a_moment_earlier(member: Stage) -> None:

@@ -45,6 +45,7 @@ from understudy.protocol.messages import (
     UsageRequest,
     Welcome,
 )
+from understudy.protocol.packed_logprobs import pack_logprobs
 from understudy.protocol.request import (
     FinishReason,
     Pooling,
@@ -102,7 +103,7 @@ ROWS = (
         (7,),
         0x01020304,
         FinishReason.STOP,
-        (TokenLogprobs(-0.5, ((7, -0.5), (8, -1.25))),),
+        (pack_logprobs(TokenLogprobs(-0.5, ((7, -0.5), (8, -1.25)))),),
     ),
     TokenRow(13, 1, 0, (), 0, FinishReason.STOP, vector=b"\x00\x00\x80\x3f"),
 )

@@ -51,7 +51,7 @@ from understudy.protocol.messages import (
     Submit,
     tag_of,
 )
-from understudy.protocol.request import Request, TokenLogprobs, TokenRow
+from understudy.protocol.request import Request, TokenRow
 
 ENVELOPE = Envelope("engine-0.17", 3, 2, 1)
 GOLDEN = {
@@ -103,7 +103,14 @@ def pack(*values: Any) -> bytes:
 
 
 def frame_of(kind: type, fields: tuple[Any, ...], **header: Any) -> bytes:
-    parts = {"version": 1, "sender": "a", "epoch": 0, "seq": 0, "ack": 0, "tag": tag_of(kind)}
+    parts = {
+        "version": PROTOCOL_VERSION_OLDEST,
+        "sender": "a",
+        "epoch": 0,
+        "seq": 0,
+        "ack": 0,
+        "tag": tag_of(kind),
+    }
     return pack(*(parts | header).values(), *fields)
 
 
@@ -141,7 +148,7 @@ def test_rows_are_really_rebuilt(rows: tuple[TokenRow, ...]) -> None:
         assert [type(row) for row in decoded.rows] == [TokenRow] * len(rows)
         for row in decoded.rows:
             assert row.tokens == row[3]
-            assert all(type(logprobs) is TokenLogprobs for logprobs in row.logprobs)
+            assert all(type(logprobs) is bytes for logprobs in row.logprobs)
 
 
 def test_an_integer_where_a_float_is_declared_becomes_a_float() -> None:
@@ -233,7 +240,6 @@ def test_nested_records_grow_and_shrink_as_messages_do() -> None:
         row,
         (*row, ()),
         (*row, (), 3, 4, b"", "new"),
-        (*row, ((-0.5, (), "new"),)),
     ):
         decoded = decode(frame_of(StepOutput, (1, (newer_or_older,)))).message
         assert isinstance(decoded, StepOutput)
@@ -345,7 +351,7 @@ def test_a_header_takes_one_version_one_text_and_counters(name: str, odd: Any) -
 
 @pytest.mark.parametrize("length", range(6))
 def test_a_short_header_is_refused(length: int) -> None:
-    refuse(pack(*(1, "a", 0, 0, 0, 4)[:length]))
+    refuse(pack(*(PROTOCOL_VERSION, "a", 0, 0, 0, 4)[:length]))
 
 
 @pytest.mark.parametrize("tag", [-1, 0, 10, 15, 27, 60, 255, 2**40])
@@ -363,7 +369,7 @@ def test_a_frame_that_is_no_array_with_a_header_is_refused(value: Any) -> None:
 @pytest.mark.parametrize("place", range(8))
 def test_deep_nesting_is_refused_wherever_it_stands(place: int, depth: int) -> None:
     nested = b"\x91" * depth + b"\x90"
-    parts = [pack(value)[1:] for value in (1, "a", 0, 0, 0, tag_of(Cancel), 7)]
+    parts = [pack(value)[1:] for value in (PROTOCOL_VERSION, "a", 0, 0, 0, tag_of(Cancel), 7)]
     raw = b"".join([*parts[:place], nested, *parts[place + 1 :]])
     if place < len(parts):
         refuse(b"\x97" + raw)
@@ -378,7 +384,7 @@ def test_deep_nesting_is_refused_wherever_it_stands(place: int, depth: int) -> N
 @pytest.mark.parametrize("length", [ARRAY_LENGTH_MAX, ARRAY_LENGTH_MAX + 1, 2**31, 2**32 - 1])
 def test_a_length_that_is_only_declared_takes_no_memory(code: int, length: int, place: int) -> None:
     declared = bytes([code]) + struct.pack(">I", length)
-    parts = [pack(value)[1:] for value in (1, "a", 0, 0, 0, tag_of(Dying), "why")]
+    parts = [pack(value)[1:] for value in (PROTOCOL_VERSION, "a", 0, 0, 0, tag_of(Dying), "why")]
     raw = b"\x98" + b"".join([*parts[:place], declared, *parts[place + 1 :]])
     tracemalloc.start()
     try:
@@ -392,7 +398,7 @@ def test_declared_lengths_inside_each_other_take_little_memory() -> None:
     declared = b"\xdd" + struct.pack(">I", ARRAY_LENGTH_MAX)
     tracemalloc.start()
     try:
-        refuse(b"\x97" + pack(1, "a", 0, 0, 0, tag_of(Cancel))[1:] + declared * 1000)
+        refuse(b"\x97" + pack(PROTOCOL_VERSION, "a", 0, 0, 0, tag_of(Cancel))[1:] + declared * 1000)
         assert tracemalloc.get_traced_memory()[1] < 128 << 20
     finally:
         tracemalloc.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from understudy.protocol.packed_logprobs import pack_logprobs, unpack_logprobs
 from understudy.protocol.request import (
     FinishReason,
     TokenLogprobs,
@@ -84,7 +85,7 @@ def rows_of(steps: list[tuple[int, int]]) -> list[TokenRow]:
         if finish:
             ended.add(request_id)
         prefix_hash = extend_prefix_hash(0, outputs[request_id])
-        logprobs = tuple(TokenLogprobs(-float(token), ()) for token in tokens)
+        logprobs = tuple(pack_logprobs(TokenLogprobs(-float(token), ())) for token in tokens)
         num_cached = 7 if not before else 0
         drafted = max(num_tokens - 1, 0)
         rows.append(
@@ -113,7 +114,8 @@ def test_joined_rows_are_what_one_step_would_have_brought(steps: list[tuple[int,
         assert row.position == 0
         assert row.tokens == tuple(range(len(row.tokens)))
         assert len(row.tokens) == len(row.logprobs) == sum(len(part.tokens) for part in parts)
-        assert row.logprobs == tuple(TokenLogprobs(-float(token), ()) for token in row.tokens)
+        told = [unpack_logprobs(packed).chosen for packed in row.logprobs]
+        assert told == [-float(token) for token in row.tokens]
         assert row.prefix_hash == extend_prefix_hash(0, row.tokens) == parts[-1].prefix_hash
         assert row.finish == parts[-1].finish
         assert row.num_cached_tokens == 7

@@ -15,6 +15,7 @@ from tests.unit.scheduling.steps import (
     shares,
 )
 from understudy.protocol.errors import ConfigurationError
+from understudy.protocol.packed_logprobs import pack_logprobs
 from understudy.protocol.request import (
     FinishReason,
     TokenLogprobs,
@@ -107,7 +108,7 @@ def test_logprobs_go_into_the_row_of_their_token() -> None:
     scheduler.add(make_sequence(1))
     logprobs = TokenLogprobs(-0.5, ((9, -0.5),))
     (row,) = scheduler.update(schedule(scheduler), {1: (SampledToken(9, logprobs),)})
-    assert row.logprobs == (logprobs,)
+    assert row.logprobs == (pack_logprobs(logprobs),)
 
 
 # The end of a sequence

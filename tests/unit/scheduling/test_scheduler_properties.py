@@ -23,6 +23,7 @@ from tests.unit.scheduling.caching_runner import (
     next_token,
     oracle,
 )
+from understudy.protocol.packed_logprobs import unpack_logprobs
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -346,7 +347,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         attempt.output += row.tokens
         assert row.prefix_hash == extend_prefix_hash(0, attempt.output)
         reported = row.tokens if attempt.request.params.logprobs is not None else ()
-        assert [logprobs.chosen for logprobs in row.logprobs] == [-float(t) for t in reported]
+        told = [unpack_logprobs(packed).chosen for packed in row.logprobs]
+        assert told == [-float(token) for token in reported]
         assert attempt.output == attempt.expected[: len(attempt.output)]
         if attempt.end is End.CANCELLED:
             assert (row.tokens, row.finish) == ((), FinishReason.CANCELLED)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from understudy.protocol.packed_logprobs import pack_logprobs
 from understudy.protocol.request import (
     FinishReason,
     Request,
@@ -38,7 +39,7 @@ class Known:
     epoch: int = 0
     output: tuple[int, ...] = ()
     prefix_hash: int = 0
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    logprobs: tuple[bytes, ...] = ()
     finish: FinishReason | None = None
     code: str = ""
     message: str = ""
@@ -92,9 +93,11 @@ class Story:
         if tokens is None:
             tokens = (self.random.randrange(200_000),)
         added = tuple(tokens)
-        logprobs: tuple[TokenLogprobs, ...] = ()
+        logprobs: tuple[bytes, ...] = ()
         if known.admit.request.params.logprobs is not None:
-            logprobs = tuple(TokenLogprobs(-0.1 * t, ((t, -0.5), (1, -2.1))) for t in added)
+            logprobs = tuple(
+                pack_logprobs(TokenLogprobs(-0.1 * t, ((t, -0.5), (1, -2.1)))) for t in added
+            )
         prefix_hash = extend_prefix_hash(known.prefix_hash, added)
         row = TokenRow(
             request_id,

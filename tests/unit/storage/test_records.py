@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from understudy.protocol.request import Request, SamplingParams, TokenLogprobs
+from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.storage import records
-from understudy.runtime.storage.logprobs import PackedLogprobs, pack_logprobs, unpack_logprobs
 from understudy.runtime.storage.records import Admit, Assign, CheckpointPayload, EndMark
 
 U32 = st.integers(0, 2**32 - 1)
@@ -40,10 +39,6 @@ ADMITS = st.builds(
     tenant=st.text(max_size=20),
     key_digest=st.binary(max_size=32),
     body_digest=st.binary(max_size=32),
-)
-FLOATS = st.floats(allow_nan=False) | st.floats(width=32, allow_nan=False)
-LOGPROBS = st.builds(
-    TokenLogprobs, FLOATS, st.lists(st.tuples(U32, FLOATS), max_size=20).map(tuple)
 )
 
 
@@ -134,27 +129,3 @@ def test_a_checkpoint_comes_back(payload: CheckpointPayload, before: bytes, afte
     assert records.decode_admit_ids(data, len(before)) == (payload.serial, payload.request_id)
     ended = (payload.finish, payload.length, payload.ended_at)
     assert records.decode_checkpoint_end(data, len(before)) == ended
-
-
-@given(rows=st.lists(st.lists(LOGPROBS, max_size=3).map(tuple), max_size=4))
-def test_log_probabilities_come_back_exactly(rows: list[tuple[TokenLogprobs, ...]]) -> None:
-    joined = b"".join(pack_logprobs(row) for row in rows)
-
-    assert unpack_logprobs(joined) == tuple(one for row in rows for one in row)
-    packed = PackedLogprobs(joined)
-    assert packed[1:] == unpack_logprobs(joined)[1:]
-    assert len(packed) == len(unpack_logprobs(joined))
-
-
-def test_log_probabilities_that_fit_32_bits_take_no_more() -> None:
-    narrow = pack_logprobs((TokenLogprobs(-0.5, ((7, -0.25),)),))
-    wide = pack_logprobs((TokenLogprobs(-0.1, ((7, -0.25),)),))
-
-    assert len(narrow) == 1 + 4 + 8
-    assert len(wide) == 1 + 8 + 12
-
-
-def test_a_log_probability_that_is_no_number_comes_back() -> None:
-    (found,) = unpack_logprobs(pack_logprobs((TokenLogprobs(float("nan"), ()),)))
-
-    assert found.chosen != found.chosen
