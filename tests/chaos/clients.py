@@ -54,6 +54,7 @@ class Outcome(NamedTuple):
     """How often the client had to connect again."""
     num_repeated: int
     """Events whose positions were not beyond those before."""
+    num_events: int
     told: Told = ({}, {}, {}, None)
     """What it was told, for who wants to look at it."""
 
@@ -81,6 +82,7 @@ class _Answer:
         self.error: Any = None
         self.stall_s = 0.0
         self.num_repeated = 0
+        self.num_events = 0
         self._heard_at = time.monotonic()
         self._positions: tuple[int, ...] = ()
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
@@ -102,6 +104,7 @@ class _Answer:
             self.num_repeated += not is_new
         if not line.startswith(b"data: "):
             return False
+        self.num_events += 1
         now = time.monotonic()
         self.stall_s, self._heard_at = max(self.stall_s, now - self._heard_at), now
         if line.startswith(b"data: [DONE]"):
@@ -149,7 +152,8 @@ class _Answer:
             usage = {**usage, "prompt_tokens_details": None}
         told = (texts, thoughts, calls, usage)
         digest = hashlib.sha256(json.dumps((told, ends)).encode()).hexdigest()
-        return Outcome(digest, problem, self.stall_s, num_joins, self.num_repeated, told)
+        counts = (num_joins, self.num_repeated, self.num_events)
+        return Outcome(digest, problem, self.stall_s, *counts, told)
 
 
 K = TypeVar("K", int, str)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tests.chaos.clients import Call, Comparison, Progress
+from tests.chaos.clients import Comparison, Progress
 from tests.chaos.figures import ECHO_RATE, Figure, Size, begun, merge, told
 from tests.chaos.stage import Stage, on_stage
 from tests.chaos.workload import mixed_calls, plain_calls
@@ -36,11 +36,12 @@ def f4_random_kills(size: Size) -> list[Figure]:
             seed = source.getrandbits(32)
             calls = mixed_calls(size.clients, seed=seed, max_tokens=size.max_tokens)
             golden = stage.golden(calls)
+            num_events = sum(outcome.num_events for outcome in golden)
+            moment = source.randint(1, num_events // 2)
 
-            def fault(progress: Progress, calls: list[Call] = calls) -> None:
+            def fault(progress: Progress, moment: int = moment) -> None:
                 nonlocal kills
-                tokens = len(calls) * size.max_tokens // 2
-                progress.wait_for_events(source.randint(1, tokens))
+                progress.wait_for_events(moment)
                 _kill(stage, source.choice(_ENGINES))
                 kills += 1
                 if source.random() < 0.5:
