@@ -132,7 +132,7 @@ def run_rounds(
 ) -> list[Round]:
     """All rounds, interleaved. An engine that failed once takes no further part.
 
-    After each round ``keep`` is given what there is so far: a comparison takes an hour, and what it
+    After each turn ``keep`` is given what there is so far: a comparison takes an hour, and what it
     has measured should outlive its end.
     """
     rounds: list[Round] = []
@@ -154,7 +154,7 @@ def run_rounds(
             else:
                 shown = ", ".join(f"{c} {value:.1f}" for c, value in rounds[-1].rates.items())
                 _say(f"round {number + 1}: {name}: {shown}")
-        keep(sound())
+            keep(sound())
     return sound()
 
 
@@ -254,7 +254,9 @@ def main() -> int:
 
     def keep(rounds: Sequence[Round]) -> None:
         if rounds and arguments.json is not None:
-            arguments.json.write_text(report_json(as_object(rounds, columns, settings)), "utf-8")
+            part = arguments.json.with_suffix(".part")
+            part.write_text(report_json(as_object(rounds, columns, settings)), "utf-8")
+            part.replace(arguments.json)
 
     end_in_order_on_sigterm()
     rounds = run_rounds(contenders, arguments.rounds, measure, keep)
