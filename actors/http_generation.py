@@ -15,6 +15,7 @@ from understudy.actors.grammar_checks import GrammarChecks
 from understudy.actors.http_access import priority_of, with_rights
 from understudy.actors.http_answers import Answers, Call, HttpLimits
 from understudy.actors.http_early_refusals import EarlyRefusals
+from understudy.actors.http_frames import forget_frames
 from understudy.actors.http_meaning import meaning_of, with_calls
 from understudy.actors.http_rejoin import (
     StreamEndpoints,
@@ -378,6 +379,7 @@ class GenerationEndpoints:
             )
         except AlreadySubmitted as submitted:
             original_group_id = submitted.original_group_id
+            forget_frames(submitted)
         except Overloaded as error:
             self._early_refusals.note(
                 error,

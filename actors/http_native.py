@@ -11,6 +11,7 @@ from aiohttp import web
 
 from understudy.actors.http_answers import Answers, json_response
 from understudy.actors.http_choices import RequestPort
+from understudy.actors.http_frames import forget_frames
 from understudy.actors.http_generation import GenerationEndpoints, Prepared
 from understudy.actors.http_rejoin import IDEMPOTENCY_KEY_HEADER, StreamEndpoints, tenant_of
 from understudy.protocol.errors import (
@@ -143,6 +144,7 @@ class NativeEndpoints:
             prepared = await self._generation.prepare_completion(body, size=len(raw))
             return await self._generate(http_request, raw, prepared)
         except RequestError as error:
+            forget_frames(error)
             return error.body()
 
     async def _generate(
@@ -153,6 +155,7 @@ class NativeEndpoints:
         try:
             answers = await self._answers.collect(call)
         except AlreadySubmitted as submitted:
+            forget_frames(submitted)
             tenant = tenant_of(http_request)
             found = await self._streams.find(submitted.original_group_id, tenant)
             if found is None:

@@ -13,6 +13,7 @@ from typing import Final
 from aiohttp import web
 
 from understudy.actors.http_answers import json_response
+from understudy.actors.http_frames import forget_frames
 from understudy.protocol.errors import InternalError, InvalidRequest, RequestError
 
 NO_HTTP: Final = "this is no HTTP request that could be understood"
@@ -31,9 +32,11 @@ class RefusingHandler(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what has not become a request, or failed on its way to the application."""
-        super().handle_error(request, status, exc, message)
-        if exc is not None:
-            forget_frames(exc)
+        try:
+            super().handle_error(request, status, exc, message)
+        finally:
+            if exc is not None:
+                forget_frames(exc)
         error: RequestError = InvalidRequest(NO_HTTP)
         if status >= 500:
             error = InternalError("the gateway failed")
@@ -46,15 +49,3 @@ def refusing(server: web.Server) -> Callable[[], asyncio.Protocol]:
     """A factory of such handlers for a server, which else makes its own."""
     loop = asyncio.get_running_loop()
     return lambda: RefusingHandler(server, loop=loop, **server._kwargs)
-
-
-def forget_frames(error: BaseException) -> None:
-    """Let go of the frames that an error came through.
-
-    They know the call, which may know the error: only a collector would free that circle, and under
-    overload there are hundreds a second.
-    """
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__context__

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from understudy.actors.http_answers import Answers, Call, json_response
 from understudy.actors.http_choices import ChoiceOutput, RequestPort
+from understudy.actors.http_frames import forget_frames
 from understudy.actors.http_generation import GenerationEndpoints
 from understudy.actors.http_rejoin import FoundCall, StreamEndpoints, tenant_of
 from understudy.protocol.errors import (
@@ -154,6 +155,7 @@ class ResponseEndpoints:
             await self._answers.submit(call, settled)
         except AlreadySubmitted as submitted:
             group_id = submitted.original_group_id
+            forget_frames(submitted)
         name = f"resp_{group_id:016x}"
         return json_response(await self._as_it_is(await self._find(http_request, name)))
 
@@ -185,6 +187,7 @@ class ResponseEndpoints:
         except RequestError as error:
             if found.finishes[0] not in _FAILURES:
                 raise
+            forget_frames(error)
             return failed_response(call.heading, error)
         if answer.finish_reason:
             return response_object(

@@ -24,6 +24,7 @@ from understudy.actors.grammar_checks import GrammarChecks
 from understudy.actors.http_access import FindKey, access_middleware
 from understudy.actors.http_answers import Answers, HttpLimits, json_response
 from understudy.actors.http_choices import RequestPort
+from understudy.actors.http_frames import forget_frames
 from understudy.actors.http_generation import GenerationEndpoints
 from understudy.actors.http_guard import ConnectionGuards, GuardedSite
 from understudy.actors.http_messages import PATH as ANTHROPIC_PATH
@@ -31,7 +32,6 @@ from understudy.actors.http_messages import MessageEndpoints
 from understudy.actors.http_native import NativeEndpoints
 from understudy.actors.http_pooled import PooledCalls
 from understudy.actors.http_pooling import PoolingEndpoints
-from understudy.actors.http_refusals import forget_frames
 from understudy.actors.http_rejoin import StreamEndpoints
 from understudy.actors.http_responses import ResponseEndpoints
 from understudy.actors.http_routes import Endpoints, add_routes, routes

@@ -25,6 +25,7 @@ from aiohttp import HttpVersion11, web
 
 from understudy.actors.gateway import Sink
 from understudy.actors.http_choices import ChoiceOutput, OpenRequests
+from understudy.actors.http_frames import forget_frames
 from understudy.protocol.errors import InternalError, RequestError
 from understudy.protocol.openai.answer import (
     KEEP_ALIVE,
@@ -361,7 +362,12 @@ class EventStream:
                 self._requests.unpark(parked)
                 return
         finally:
-            draining.cancel()
+            if draining.done() and not draining.cancelled():
+                # Of a client who has gone meanwhile; the handler itself is cancelled then.
+                if (error := draining.exception()) is not None:
+                    forget_frames(error)
+            else:
+                draining.cancel()
         # Closed the hard way: the kernel would go on to keep what the client does not read.
         connection = self._transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)

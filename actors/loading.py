@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -16,6 +17,7 @@ from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.encoder_config import EncoderConfig, read_config
 from understudy.runtime.model.torch_import import postponing
+from understudy.runtime.processor import cores_of
 from understudy.runtime.scheduling.decision import Runner
 from understudy.runtime.scheduling.speculation import Speculator
 
@@ -139,6 +141,8 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = _device(config, has_cuda=torch.cuda.is_available())
+    if device == "cpu":
+        keep_to_cores(config, threads=torch.get_num_threads())
     torch_device = torch.device(device)
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     dtype = named or default_dtype(torch_device)
@@ -196,6 +200,19 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     )
     speculator = load_speculator(config, model, runner, grammars, clock, numerics=numerics)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
+
+
+def keep_to_cores(config: EngineConfig, *, threads: int) -> None:
+    """Have this thread, and those that it starts, keep to the engine's own cores, if any are."""
+    cores = cores_of(
+        config.name,
+        num_engines=config.data_parallel_size,
+        threads=threads,
+        available=os.sched_getaffinity(0),
+    )
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+        get_logger().info("threads keep to cores", cores=sorted(cores))
 
 
 def _report_grammar(request_id: int, error: str) -> None:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
-from understudy.protocol.codec import PROTOCOL_VERSION
+from understudy.protocol.codec import PROTOCOL_VERSION, PROTOCOL_VERSION_OLDEST
 from understudy.protocol.errors import from_code
 from understudy.protocol.messages import (
     Assign,
@@ -63,8 +63,6 @@ from understudy.runtime.storage.records import Record, Usage
 from understudy.runtime.storage.recovery import Recovery
 
 PULSE_EVERY_S: Final = 0.25
-INVENTORY_SINCE: Final = 2
-"""The protocol version from which on engines keep their requests from one session to the next."""
 HELD_UP_S: Final = 2 * PULSE_EVERY_S
 """A supervisor whose turns are further apart was held up itself, and judges nobody."""
 RECOVERY_GRACE_S: Final = 2.0
@@ -269,6 +267,8 @@ class Supervisor:
                 pass
 
     def _greet(self, hello: Hello, identity: str, now: float) -> None:
+        if hello.protocol < PROTOCOL_VERSION_OLDEST:
+            return  # it would understand nothing that is said in a session
         greeting = self._company.greet(hello, identity, now)
         if greeting is None:
             return
@@ -284,8 +284,6 @@ class Supervisor:
         if greeting.is_new_session:
             self.outbox.open_session(identity, member.epoch, protocol)
             self._dispatcher.begin_inventory(member)
-            if protocol < INVENTORY_SINCE:
-                self._dispatcher.end_inventory(member)
             self._has_news = True
             if member.state is MemberState.TESTING:
                 self._send_canary(member, now)

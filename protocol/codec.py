@@ -29,7 +29,8 @@ from understudy.protocol.messages import MESSAGE_TYPES, Message, tag_of
 PROTOCOL_VERSION: Final = 3
 """What this release speaks with its equals. A new one comes with messages that older peers lack."""
 PROTOCOL_VERSION_OLDEST: Final = 3
-"""What it still understands, so that a cluster can be replaced one process at a time."""
+"""What it still understands. Releases that understand each other can be exchanged in a cluster one
+process at a time."""
 FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 ARRAY_LENGTH_MAX: Final = 1024 * 1024
 TEXT_BYTES_MAX: Final = 1024 * 1024

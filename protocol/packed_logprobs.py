@@ -21,18 +21,18 @@ _WIDE: Final = 0x80
 
 
 def pack_logprobs(one: TokenLogprobs) -> bytes:
-    """Pack the log probabilities of one token."""
-    assert len(one.top) <= ALTERNATIVES_MAX
-    values = (one.chosen, *[value for pair in one.top for value in pair])
-    narrow = _layout(len(one.top))
+    """Pack the log probabilities of one token, with 127 alternatives at most."""
+    top = one.top[:ALTERNATIVES_MAX]
+    values = (one.chosen, *[value for pair in top for value in pair])
+    narrow = _layout(len(top))
     try:
-        packed = narrow.pack(len(one.top), *values)
+        packed = narrow.pack(len(top), *values)
     except OverflowError:
         pass
     else:
         if narrow.unpack(packed)[1:] == values:
             return packed
-    head = len(one.top) | _WIDE
+    head = len(top) | _WIDE
     return _layout(head).pack(head, *values)
 
 
@@ -40,7 +40,7 @@ def unpack_logprobs(packed: bytes) -> TokenLogprobs:
     """The inverse of ``pack_logprobs``.
 
     Raises:
-        struct.error: they are not ``are_packed``.
+        struct.error, IndexError: they are not ``are_packed``.
     """
     _, chosen, *top = _layout(packed[0]).unpack(packed)
     return TokenLogprobs(chosen, tuple(zip(top[0::2], top[1::2], strict=True)))

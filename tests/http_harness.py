@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 import random
+import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -108,6 +110,45 @@ class Harness:
     async def cancelled(self, count: int = 1) -> None:
         """Wait until so many requests were cancelled."""
         await self.gateway.wait_until(lambda gateway: len(gateway.cancelled) >= count)
+
+
+class SlowClient:
+    """A connection with hardly any buffer, that reads when it is told to."""
+
+    def __init__(self, harness: Harness) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._socket.setblocking(False)
+        self._address = (harness.host, harness.port)
+
+    async def post(self, body: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(self._socket, self._address)
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
+        await loop.sock_sendall(self._socket, head % len(body) + body)
+
+    async def read_all(self) -> bytes:
+        """All that the server sent."""
+        loop = asyncio.get_running_loop()
+        pieces = []
+        while piece := await loop.sock_recv(self._socket, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def read_some(self) -> bytes:
+        """What is there, once something is."""
+        return await asyncio.get_running_loop().sock_recv(self._socket, 1 << 12)
+
+    def reset(self) -> None:
+        """Close it the hard way."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket.close()
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 async def beside(engine: Coroutine[Any, Any, None], client: Coroutine[Any, Any, T]) -> T:

@@ -366,9 +366,10 @@ class Ledger:
             assert entry.prefix_hash == extend_prefix_hash(0, entry.output)
 
     def _append(self, entry: Entry, row: TokenRow, now: float) -> Verdict:
-        prefix_hash = extend_prefix_hash(entry.prefix_hash, row.tokens)
-        if not are_packed(row.logprobs):
+        num_told = 0 if entry.request.params.logprobs is None else len(row.tokens)
+        if len(row.logprobs) != num_told or not are_packed(row.logprobs):
             return Verdict.BROKEN
+        prefix_hash = extend_prefix_hash(entry.prefix_hash, row.tokens)
         if prefix_hash != row.prefix_hash:
             return Verdict.BROKEN
         if not entry.output:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import Final
 
-from understudy.protocol.codec import PROTOCOL_VERSION
+from understudy.protocol.codec import PROTOCOL_VERSION, PROTOCOL_VERSION_OLDEST
 from understudy.protocol.messages import Fenced, Hello, Message, Pulse, Welcome
 from understudy.runtime.kit.actor import SUPERVISOR, Outbox
 
@@ -53,7 +53,11 @@ class Membership:
         """Take in any message from the supervisor."""
         self._heard_at = now
         match message:
-            case Welcome(epoch, protocol) if self._epoch is None and epoch > self._hello.last_epoch:
+            case Welcome(epoch, protocol) if (
+                self._epoch is None
+                and epoch > self._hello.last_epoch
+                and protocol >= PROTOCOL_VERSION_OLDEST
+            ):
                 self._epoch = epoch
                 self._hello = replace(self._hello, last_epoch=epoch)
                 self._speak_at = now

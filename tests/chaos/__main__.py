@@ -23,7 +23,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="of clusters of that engine, as in quantization=int8",
+        help="of the engines of scenarios that --engine chooses for, as in quantization=int8",
     )
     parser.add_argument("--clients", type=int, default=CLIENTS, help=f"streams ({CLIENTS})")
     parser.add_argument("--max-tokens", type=int, default=240, help="tokens of a stream (240)")

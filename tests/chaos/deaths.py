@@ -37,7 +37,7 @@ def f1_kill_each_engine(size: Size) -> list[Figure]:
         Figure(
             "F1",
             f"kill -9 of each engine, {size.clients} streams, {len(comparisons)} times"
-            f" ({size.engine}; {resumed} resumed)",
+            f" ({size.kind}; {resumed} resumed)",
             f"{told(merged)}; detected within {1000 * slowest:.0f} ms",
             "0, 0, 0; < 1 s; < 150 ms",
             merged.is_golden and merged.num_joins == 0,
@@ -67,7 +67,7 @@ def f7_kill_supervisor(size: Size) -> list[Figure]:
     return [
         Figure(
             "F7",
-            f"kill -9 of the supervisor, {kills} times ({size.engine})",
+            f"kill -9 of the supervisor, {kills} times ({size.kind})",
             told(merged),
             "0, 0, 0; < 2 s",
             merged.is_golden and merged.num_joins == 0,

@@ -48,6 +48,12 @@ class Size(NamedTuple):
     settings: Mapping[str, str] = MappingProxyType({})
     """Of the clusters that run this kind of engine, as the environment names them."""
 
+    @property
+    def kind(self) -> str:
+        """What engines it is about, for the table."""
+        named = ((name.partition("_")[2].lower(), value) for name, value in self.settings.items())
+        return ", ".join((self.engine, *(f"{name}={value}" for name, value in named)))
+
 
 def told(comparison: Comparison) -> str:
     text = (

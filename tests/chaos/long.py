@@ -58,7 +58,7 @@ def f4_random_kills(size: Size) -> list[Figure]:
     return [
         Figure(
             "F4",
-            f"{kills} random kills; {resumed} requests resumed in the middle ({size.engine})",
+            f"{kills} random kills; {resumed} requests resumed in the middle ({size.kind})",
             told(merged),
             "all golden",
             merged.is_golden and merged.num_joins == 0,

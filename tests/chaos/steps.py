@@ -91,6 +91,7 @@ def f3_every_step(size: Size) -> list[Figure]:
             steps = _steps(golden)
             stride = max(1, -(-len(steps) * len(_cases(size.seed)) // size.resumes))
             chosen = sorted({*steps[::stride], steps[0], steps[-1]})
+            before = company.num_deaths
             found = merge(
                 [
                     company.killed_at(case.call, golden, step, when=_WHENS[number % 3])
@@ -100,8 +101,8 @@ def f3_every_step(size: Size) -> list[Figure]:
             figures.append(
                 Figure(
                     "F3",
-                    f"killed at {len(chosen)} of the {len(steps)} steps of a request ({case.name};"
-                    f" {size.engine})",
+                    f"killed at {company.num_deaths - before} of the {len(steps)} steps of a"
+                    f" request ({case.name}; {size.kind})",
                     f"{told(found)}; {found.num_joins} joined again",
                     "all golden",
                     found.is_golden and found.num_joins == 0,
@@ -125,6 +126,7 @@ class _Company:
     def __init__(self, cluster: Cluster, fault_dir: Path, size: Size) -> None:
         self.stage = Stage(cluster, fault_dir)
         self._size = size
+        self.num_deaths = 0
         self._numbers = itertools.count()
         cluster.start("supervisor")
         cluster.start(
@@ -143,7 +145,12 @@ class _Company:
         # Of a salt of its own, so that no prefix is there from the time before.
         salted = call._replace(body=call.body | {"cache_salt": f"{when} {step}"})
         comparison = compare([golden], run_calls(stage.cluster.base_url, [salted]))
-        assert not (stage.fault_dir / "engines").exists(), f"nobody died {when} {step}"
+        if (stage.fault_dir / "engines").exists():
+            # With drafts a last step may begin further back: the answer was complete before it.
+            assert self._size.settings, f"nobody died {when} {step}"
+            stage.mend("engines")
+            return comparison
+        self.num_deaths += 1
         self._start_engine()
         stage.wait_until_whole(_ENGINES)
         return comparison

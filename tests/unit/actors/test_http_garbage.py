@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,7 +20,7 @@ from typing import Any, Final
 import pytest
 from aiohttp import web
 
-from tests.http_harness import CHAT, COMPLETIONS, HELLO, MODEL, Harness, serving
+from tests.http_harness import CHAT, COMPLETIONS, HELLO, MODEL, Harness, SlowClient, serving
 from tests.tiny_models import CHATML, write_model
 from understudy.actors.scripted_gateway import ScriptedGateway
 from understudy.protocol.errors import InternalError, Overloaded
@@ -86,6 +87,37 @@ async def rejoined(harness: Harness) -> None:
         assert (await response.read()).endswith(b"[DONE]\n\n")
 
 
+async def repeated(harness: Harness) -> None:
+    """A call that came before, with its key, in one piece and streamed."""
+    for is_streamed in (False, True):
+        body = {**PLAIN, "stream": is_streamed}
+        key = f"key-{len(harness.gateway.submitted)}"
+        for _ in range(2):
+            async with harness.post(COMPLETIONS, body, Idempotency_Key=key) as answer:
+                assert answer.status == 200
+                await answer.read()
+
+
+async def failed_in_background(harness: Harness) -> None:
+    """A response that could not go on, asked for by its name."""
+    body = {"model": MODEL, "input": "wait for me", "background": True}
+    name = (await harness.answer("/v1/responses", body))["id"]
+    harness.gateway.deliver(harness.gateway.submitted[-1], finish=FinishReason.REFUSED)
+    async with harness.session.get(f"/v1/responses/{name}") as response:
+        assert (await response.json())["status"] == "failed"
+
+
+async def reset_unread(harness: Harness) -> None:
+    """A stream whose client does not read, and whose connection breaks."""
+    client = SlowClient(harness)
+    body = {**PLAIN, "prompt": "flood", "stream": True, "max_tokens": 3000}
+    count = len(harness.gateway.cancelled)
+    await client.post(json.dumps(body).encode())
+    await harness.gateway.wait_until(lambda gateway: len(gateway.parked) > 0)
+    client.reset()
+    await harness.cancelled(count + 1)
+
+
 CALLS: Final[dict[str, Call]] = {
     "a completion": lambda harness: harness.answer(COMPLETIONS, PLAIN),
     "a stream": lambda harness: harness.stream(COMPLETIONS, PLAIN),
@@ -110,6 +142,9 @@ CALLS: Final[dict[str, Call]] = {
     "left early": left_early,
     "hung up": hung_up,
     "rejoined": rejoined,
+    "repeated": repeated,
+    "failed in background": failed_in_background,
+    "reset unread": reset_unread,
     "not HTTP": not_http,
 }
 
@@ -138,6 +173,10 @@ async def answer_all(harness: Harness) -> None:
             gateway.deliver(request, finish=FinishReason.STOP, vector=vector)
         elif "refuse" in prompt:
             gateway.fail(request, Overloaded("later", retry_after_s=1.0))
+        elif "flood" in prompt:
+            for _ in range(2_900):
+                say(harness, request)
+                await asyncio.sleep(0)  # else all of it is one event
         else:
             say(harness, request)
             if "wait" not in prompt:

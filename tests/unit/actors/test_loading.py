@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 
 from tests.encoders import BERT, LENGTH_MAX, write_encoder
 from tests.unit.model.native.kernels import needs_native
-from understudy.actors.loading import Loaded, load_runner
+from understudy.actors.loading import Loaded, keep_to_cores, load_runner
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.config import EngineConfig, engine_config
 from understudy.runtime.kit.clock import VirtualClock
@@ -30,6 +33,24 @@ def configured(**flags: str) -> EngineConfig:
     defaults = Defaults(model=demo_model_directory(), run_dir=Path("/run/understudy"))
     settings = resolve(flags=common | flags, environ={}, defaults=defaults)
     return engine_config(settings, name="engine-0")
+
+
+def test_each_of_several_engines_keeps_to_its_own_cores() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    kept: list[set[int]] = []
+
+    def keep(name: str) -> None:
+        config = replace(configured(data_parallel_size=str(len(cores))), name=name)
+        keep_to_cores(config, threads=1)
+        kept.append(os.sched_getaffinity(0))
+
+    for name in ("engine-0", "engine-1", "solo"):
+        thread = threading.Thread(target=keep, args=(name,))  # it is a thread that keeps to cores
+        thread.start()
+        thread.join()
+    one, other = {cores[0]}, {cores[1 % len(cores)]}
+    assert kept == ([one, other, set(cores)] if len(cores) > 1 else [set(cores)] * 3)
+    assert sorted(os.sched_getaffinity(0)) == cores
 
 
 def load(**flags: str) -> Loaded:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from understudy.protocol.packed_logprobs import pack_logprobs
 from understudy.protocol.request import (
     FinishReason,
     Request,
     SamplingParams,
+    TokenLogprobs,
     TokenRow,
     extend_prefix_hash,
 )
@@ -18,6 +22,7 @@ from understudy.runtime.control import ledger as ledger_module
 from understudy.runtime.control.ledger import RETENTION_S, Entry, Ledger, Verdict
 
 PARAMS = SamplingParams(seed=1, max_tokens=100)
+PACKED = pack_logprobs(TokenLogprobs(-0.5, ((7, -0.5),)))
 
 
 def request(request_id: int) -> Request:
@@ -52,6 +57,36 @@ def test_tokens_are_accepted_in_order() -> None:
     assert entry.output == [5, 6, 7]
     assert entry.progress_at == 13.0
     assert entry.prefix_hash == extend_prefix_hash(0, (5, 6, 7))
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "verdict"),
+    [
+        (1, 2, Verdict.ACCEPTED),
+        (1, 1, Verdict.BROKEN),
+        (1, 0, Verdict.BROKEN),
+        (1, 3, Verdict.BROKEN),
+        (None, 0, Verdict.ACCEPTED),
+        (None, 2, Verdict.BROKEN),
+    ],
+)
+def test_rows_tell_log_probabilities_of_each_token_if_they_were_asked_for(
+    asked: int | None, told: int, verdict: Verdict
+) -> None:
+    ledger = Ledger()
+    entry = ledger.admit(Request(1, 1, (1, 2, 3), replace(PARAMS, logprobs=asked)), 10.0)
+    ledger.assign(1, "e.1", 7, 11.0)
+    two = row((5, 6))._replace(logprobs=(PACKED,) * told)
+    assert ledger.accept(two, "e.1", 7, 12.0) is verdict
+    assert len(entry.logprobs) == (told if verdict is Verdict.ACCEPTED else 0)
+
+
+def test_log_probabilities_that_are_cut_short_are_broken() -> None:
+    ledger = Ledger()
+    ledger.admit(Request(1, 1, (1, 2, 3), replace(PARAMS, logprobs=1)), 10.0)
+    ledger.assign(1, "e.1", 7, 11.0)
+    cut = row((5,))._replace(logprobs=(PACKED[:-1],))
+    assert ledger.accept(cut, "e.1", 7, 12.0) is Verdict.BROKEN
 
 
 def test_a_row_that_comes_twice_is_accepted_once() -> None:
@@ -100,7 +135,6 @@ def test_rows_of_a_request_that_waits_are_stale() -> None:
         row((6,), before=(4,)),
         row((6,), before=(5,))._replace(prefix_hash=0),
         row((6,), before=(5,))._replace(position=-1),
-        row((6,), before=(5,))._replace(logprobs=(b"\x01cut",)),
         row((), before=(4,), finish=FinishReason.STOP),
         row((6,), before=(5,), finish=FinishReason.STOP)._replace(tokens=(7,)),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from understudy.protocol.codec import PROTOCOL_VERSION
+from understudy.protocol.codec import PROTOCOL_VERSION, PROTOCOL_VERSION_OLDEST
 from understudy.protocol.messages import ClusterState, Fenced, Hello, Pulse, Role, Welcome
 from understudy.runtime.kit.actor import SUPERVISOR, CloseSession, OpenSession, Outbox, Send
 from understudy.runtime.kit.membership import (
@@ -112,7 +112,13 @@ def test_a_fence_for_another_epoch_is_old_news(member: Stage, epoch: int) -> Non
     assert member.said() == []
 
 
-@pytest.mark.parametrize(("offered", "spoken"), [(-1, -1), (0, 0), (1, 0)])
+def test_a_session_in_a_version_that_is_not_understood_is_none() -> None:
+    stage = Stage()
+    assert stage.membership.handle(Welcome(7, PROTOCOL_VERSION_OLDEST - 1), 100.0) is None
+    assert not stage.membership.is_open
+
+
+@pytest.mark.parametrize(("offered", "spoken"), [(0, 0), (1, 0)])
 def test_a_session_speaks_the_newest_version_that_both_know(offered: int, spoken: int) -> None:
     """Versions are told from the newest that this release knows."""
     stage = Stage()

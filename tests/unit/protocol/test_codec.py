@@ -49,6 +49,7 @@ from understudy.protocol.messages import (
     Role,
     StepOutput,
     Submit,
+    Welcome,
     tag_of,
 )
 from understudy.protocol.request import Request, TokenRow
@@ -199,6 +200,11 @@ def assert_grown(old: Any, new: Any) -> None:
             assert_grown(old_part, new_part)
     else:
         assert old == new
+
+
+def test_who_does_not_say_what_it_speaks_speaks_the_oldest() -> None:
+    hello = Hello(Role.ENGINE, "engine-0", 1)
+    assert hello.protocol == Welcome(1).protocol == PROTOCOL_VERSION_OLDEST
 
 
 def test_versions_beside_the_accepted_ones_are_refused() -> None:
