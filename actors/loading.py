@@ -138,11 +138,10 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     from understudy.runtime.model.loader import default_dtype, load_model
     from understudy.runtime.model.runner import ModelRunner
 
+    device = _device(config, has_cuda=torch.cuda.is_available())
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config, has_cuda=torch.cuda.is_available())
-    if device == "cpu":
-        keep_to_cores(config, threads=torch.get_num_threads())
+    keep_to_cores(config, device)
     torch_device = torch.device(device)
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     dtype = named or default_dtype(torch_device)
@@ -183,16 +182,8 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     )
     if config.numerics == "exact":
         prove_exactness_once(model, block_size=config.block_size, name=numerics)
-    get_logger().info(
-        "model is loaded",
-        model=config.model.name,
-        device=device,
-        dtype=str(dtype).removeprefix("torch."),
-        quantization=_quantization_shown(config, model.config),
-        numerics=config.numerics,
-        threads=torch.get_num_threads(),
-        kv_cache=size.reason,
-    )
+    threads = torch.get_num_threads()
+    _report_loaded(config, model.config, device, dtype, threads=threads, kv_cache=size.reason)
     grammars = Grammars(lambda: load_vocabulary(config.model))
     masks = GrammarMasks(grammars, report=_report_grammar)
     runner = ModelRunner(
@@ -202,12 +193,35 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
 
 
-def keep_to_cores(config: EngineConfig, *, threads: int) -> None:
+def _report_loaded(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    device: str,
+    dtype: object,
+    *,
+    threads: int,
+    kv_cache: str,
+) -> None:
+    get_logger().info(
+        "model is loaded",
+        model=config.model.name,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=_quantization_shown(config, model_config),
+        numerics=config.numerics,
+        threads=threads,
+        kv_cache=kv_cache,
+    )
+
+
+def keep_to_cores(config: EngineConfig, device: str) -> None:
     """Have this thread, and those that it starts, keep to the engine's own cores, if any are."""
+    if device != "cpu" or config.threads is None:
+        return  # threads that nobody has counted are for all the cores
     cores = cores_of(
         config.name,
         num_engines=config.data_parallel_size,
-        threads=threads,
+        threads=config.threads,
         available=os.sched_getaffinity(0),
     )
     if cores is not None:

@@ -81,7 +81,7 @@ async def _read_beside(cluster: Cluster, size: int) -> tuple[float, float, int]:
     alone: list[float] = []
     beside: list[float] = []
     grown = 0
-    before = None
+    before = 0
     for _ in range(TURNS):
         await asyncio.to_thread(_wait_until_empty, cluster)
         alone += await _gaps_s(url)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.unit.actors.engine_stage import NUM_BLOCKS, Stage, make_engine, request
 from understudy.actors.engine import ABANDONED_AFTER_S, ENDED_KEPT_S, Engine
+from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import (
     Accepted,
     Assign,
@@ -59,7 +60,7 @@ def test_it_says_hello_with_its_capacity() -> None:
         capacity=capacity,
         start_time=7,
         numerics="echo",
-        protocol=2,
+        protocol=PROTOCOL_VERSION,
     )
     assert (getattr(send, "to", None), getattr(send, "message", None)) == (SUPERVISOR, hello)
 
@@ -175,7 +176,7 @@ def test_without_its_session_an_engine_plays_on_and_tells_with_the_next_one(lose
     for _ in range(3):
         assert stage.rows() == []
     effects = stage.turn(Welcome(6))
-    assert effects[0] == OpenSession(SUPERVISOR, 6, 1)
+    assert effects[0] == OpenSession(SUPERVISOR, 6, PROTOCOL_VERSION)
     (inventory,) = [m for e in effects if isinstance(m := getattr(e, "message", None), Inventory)]
     assert inventory.is_last
     held = {row.request_id: row for row in inventory.rows}

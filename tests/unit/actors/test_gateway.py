@@ -8,6 +8,7 @@ import pytest
 
 from tests.unit.actors.gateway_stage import STATE, Listener, Stage, joined_stage, request, row
 from understudy.actors.gateway import ANSWER_WITHIN_S, HOPE_S, NOBODY
+from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.errors import (
     AlreadySubmitted,
     InternalError,
@@ -50,7 +51,14 @@ def stage() -> Stage:
 
 def test_it_says_who_it_is_and_where_it_listens() -> None:
     assert Stage().said() == [
-        Hello(Role.GATEWAY, "gateway-0", 41, model="demo", address="127.0.0.1:80", protocol=2)
+        Hello(
+            Role.GATEWAY,
+            "gateway-0",
+            41,
+            model="demo",
+            address="127.0.0.1:80",
+            protocol=PROTOCOL_VERSION,
+        )
     ]
 
 
@@ -253,7 +261,7 @@ def test_with_the_next_session_the_open_requests_go_on(
     hellos = [send.message for send in effects if isinstance(send, Send)]
     assert [message.last_epoch for message in hellos if isinstance(message, Hello)] == [5]
     effects = stage.turn(Welcome(6))
-    assert effects[0] == OpenSession(SUPERVISOR, 6, 1)
+    assert effects[0] == OpenSession(SUPERVISOR, 6, PROTOCOL_VERSION)
     said = [send.message for send in effects if isinstance(send, Send)]
     assert said[:2] == [Submit(request(2)), Reclaim((HeldRequest(1, 2), HeldRequest(2, 0)))]
     stage.turn(Deliver((row(1, 2, 9, finish=FinishReason.LENGTH),)), Failed(2, "x", "late"))

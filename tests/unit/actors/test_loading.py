@@ -41,7 +41,7 @@ def test_each_of_several_engines_keeps_to_its_own_cores() -> None:
 
     def keep(name: str) -> None:
         config = replace(configured(data_parallel_size=str(len(cores))), name=name)
-        keep_to_cores(config, threads=1)
+        keep_to_cores(config, "cpu")
         kept.append(os.sched_getaffinity(0))
 
     for name in ("engine-0", "engine-1", "solo"):

@@ -15,6 +15,7 @@ from tests.unit.actors.supervisor_stage import (
     dies_by_will,
     stage_with,
 )
+from understudy.protocol.codec import PROTOCOL_VERSION
 from understudy.protocol.messages import (
     Accepted,
     Assign,
@@ -137,7 +138,13 @@ def test_an_engine_that_makes_vectors_only_is_asked_for_one() -> None:
     stage.turn(ENGINES[0], Dying("killed"))
     capacity = Capacity(4, 128, 64, 16, pools_only=True)
     hello = Hello(
-        Role.ENGINE, "engine-0", 99, model="demo", capacity=capacity, numerics="bert", protocol=2
+        Role.ENGINE,
+        "engine-0",
+        99,
+        model="demo",
+        capacity=capacity,
+        numerics="bert",
+        protocol=PROTOCOL_VERSION,
     )
     stage.turn("engine-0.2", hello)
     [assign] = stage.sent("engine-0.2", Assign)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 from tests.unit.actors.supervisor_stage import (
@@ -83,7 +84,8 @@ def test_steps_of_one_turn_make_one_message_for_each_gateway_and_engine() -> Non
 def test_rows_that_pile_up_in_one_turn_still_fit_into_frames() -> None:
     """A supervisor that was held up for seconds finds hundreds of steps at once."""
     stage = stage_with()
-    stage.turn(GATEWAY, Submit(request(1)))
+    asked = request(1)
+    stage.turn(GATEWAY, Submit(replace(asked, params=replace(asked.params, logprobs=20))))
     logprobs = (pack_logprobs(TokenLogprobs(-1.0, tuple((2**20, -1.0) for _ in range(20)))),)
     rows: list[TokenRow] = []
     prefix_hash = 0

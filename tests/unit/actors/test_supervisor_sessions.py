@@ -21,7 +21,7 @@ from tests.unit.actors.supervisor_stage import (
     stage_with,
 )
 from understudy.actors.supervisor import PULSE_EVERY_S, RECOVERY_GRACE_S
-from understudy.protocol.codec import PROTOCOL_VERSION
+from understudy.protocol.codec import PROTOCOL_VERSION, PROTOCOL_VERSION_OLDEST
 from understudy.protocol.messages import (
     Assign,
     Attach,
@@ -271,18 +271,14 @@ def test_an_engine_that_comes_back_is_told_what_to_drop() -> None:
     assert stage.delivered() == []
 
 
-def test_an_engine_of_the_version_before_holds_nothing_from_an_earlier_session() -> None:
+def test_who_speaks_no_version_that_is_understood_is_not_welcomed() -> None:
     stage = stage_with(1)
-    stage.turn(GATEWAY, Submit(request(1)))
-    (engine,) = stage.status().engines
     stage.effects.clear()
-    capacity = Capacity(BATCH, 2048, 64, 16)
     stage.turn(
-        ENGINES[0],
-        Hello(Role.ENGINE, "engine-0", engine.pid, engine.epoch, "demo", "", capacity),
+        "engine-9.1", Hello(Role.ENGINE, "engine-9", 9, protocol=PROTOCOL_VERSION_OLDEST - 1)
     )
-    assert stage.sent(ENGINES[0], Welcome) == [Welcome(engine.epoch + 1, 1)]
-    assert stage.sent(ENGINES[0], Assign) == [Assign(request(1), 2, ())]
+    assert stage.sent("engine-9.1", Welcome) == []
+    assert [engine.name for engine in stage.status().engines] == ["engine-0"]
 
 
 def test_a_gateway_with_a_new_session_says_what_it_still_wants() -> None:

@@ -62,31 +62,22 @@ def test_tokens_are_accepted_in_order() -> None:
 @pytest.mark.parametrize(
     ("asked", "told", "verdict"),
     [
-        (1, 2, Verdict.ACCEPTED),
-        (1, 1, Verdict.BROKEN),
-        (1, 0, Verdict.BROKEN),
-        (1, 3, Verdict.BROKEN),
-        (None, 0, Verdict.ACCEPTED),
-        (None, 2, Verdict.BROKEN),
+        (1, (PACKED,) * 2, Verdict.ACCEPTED),
+        (1, (PACKED, PACKED[:-1]), Verdict.BROKEN),
+        (1, (PACKED,), Verdict.BROKEN),
+        (1, (PACKED,) * 3, Verdict.BROKEN),
+        (None, (), Verdict.ACCEPTED),
+        (None, (PACKED,) * 2, Verdict.BROKEN),
     ],
 )
 def test_rows_tell_log_probabilities_of_each_token_if_they_were_asked_for(
-    asked: int | None, told: int, verdict: Verdict
+    asked: int | None, told: tuple[bytes, ...], verdict: Verdict
 ) -> None:
     ledger = Ledger()
     entry = ledger.admit(Request(1, 1, (1, 2, 3), replace(PARAMS, logprobs=asked)), 10.0)
     ledger.assign(1, "e.1", 7, 11.0)
-    two = row((5, 6))._replace(logprobs=(PACKED,) * told)
-    assert ledger.accept(two, "e.1", 7, 12.0) is verdict
-    assert len(entry.logprobs) == (told if verdict is Verdict.ACCEPTED else 0)
-
-
-def test_log_probabilities_that_are_cut_short_are_broken() -> None:
-    ledger = Ledger()
-    ledger.admit(Request(1, 1, (1, 2, 3), replace(PARAMS, logprobs=1)), 10.0)
-    ledger.assign(1, "e.1", 7, 11.0)
-    cut = row((5,))._replace(logprobs=(PACKED[:-1],))
-    assert ledger.accept(cut, "e.1", 7, 12.0) is Verdict.BROKEN
+    assert ledger.accept(row((5, 6))._replace(logprobs=told), "e.1", 7, 12.0) is verdict
+    assert len(entry.logprobs) == (len(told) if verdict is Verdict.ACCEPTED else 0)
 
 
 def test_a_row_that_comes_twice_is_accepted_once() -> None:

@@ -36,7 +36,7 @@ def test_who_replaces_an_engine_has_its_place() -> None:
         cores_of(name, num_engines=4, threads=3, available=CORES)
         for name in ("engine-1", "engine-5")
     )
-    assert old == new == {3, 4, 5}
+    assert old == new == frozenset({3, 4, 5})
 
 
 @pytest.mark.parametrize(("name", "num_engines"), [("engine-0", 1), ("solo", 2), ("engine-x", 2)])
