@@ -114,7 +114,13 @@ class Reader(threading.Thread):
                 known["text"] += delta["content"]
                 known["ends"] += [choice["finish_reason"]] if choice["finish_reason"] else []
                 known["logprobs"] += (choice["logprobs"] or {}).get("content", [])
-        usage = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
+        # What an engine had in its cache depends on which of the calls came to it before.
+        counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+        usage = [
+            {name: chunk["usage"][name] for name in counts}
+            for chunk in chunks
+            if chunk.get("usage")
+        ]
         return told, usage
 
     @property

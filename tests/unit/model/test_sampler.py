@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,6 +53,14 @@ def kept_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
     return kept & (probabilities >= params.min_p * probabilities.max())
 
 
+def is_close_call(logits: Tensor, params: SamplingParams) -> bool:
+    """Whether rounding decides what is in the nucleus: equal logits may come to half exactly."""
+    kept = kept_tokens(logits, replace(params, top_p=1.0, min_p=0.0))
+    scaled = (logits.double() / params.temperature).masked_fill(~kept, -math.inf)
+    reached = scaled.softmax(0).sort(descending=True).values.cumsum(0)
+    return bool(((reached - params.top_p).abs() < 1e-6).any()) and params.top_p < 1.0
+
+
 def oracle(logits: Tensor, row: SamplingRow) -> int:
     params = row.params
     key = torch.tensor(signed(noise_key(params.seed, row.position)))
@@ -80,6 +89,7 @@ def test_every_row_gets_the_oracles_token(
     logits = random_logits(len(params), vocab_size, seed=data.draw(st.integers(0, 99)), scale=scale)
     if data.draw(st.booleans(), label="ties"):
         logits = logits.mul(2).round().div(2)
+    assume(not any(itertools.starmap(is_close_call, zip(logits, params, strict=True))))
     output = data.draw(st.lists(st.integers(0, 4), max_size=3))
     rows = [row_of(each, output=output) for each in params]
     assert draw(logits, rows) == [oracle(*each) for each in zip(logits, rows, strict=True)]
