@@ -12,13 +12,12 @@ function or module is ever looked up by a name from the wire: the tag is looked 
 from __future__ import annotations
 
 import dataclasses
-import operator
 import types
 import typing
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import msgpack  # type: ignore[import-untyped]
@@ -180,15 +179,23 @@ def _records_check(kind: type[tuple[Any, ...]]) -> Check:
     in C for each field. Whatever is unusual is looked at record by record.
     """
     check_one = _record_check(kind)
-    check_column = _column_check(kind)
+    column_checks = [_column_check(hint) for hint in _hints(kind)]
+    build = partial(tuple.__new__, kind)
 
     def check(values: Any) -> tuple[Any, ...]:
         if type(values) is not tuple:
             raise TypeError("expected an array")
+        if not values:
+            return values
         try:
-            return check_column(values) if values else values
+            _check_types(tuple, values)
+            if set(map(len, values)) != {len(column_checks)}:
+                raise _UnusualError
+            for check_column, column in zip(column_checks, zip(*values, strict=True), strict=True):
+                check_column(column)
         except _UnusualError:
             return tuple(map(check_one, values))
+        return tuple(map(build, values))
 
     return check
 
@@ -197,54 +204,27 @@ class _UnusualError(Exception):
     """Values that have to be looked at one by one."""
 
 
-def _column_check(hint: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Gives values, of which there is at least one, in their declared type.
+def _column_check(hint: Any) -> Callable[[tuple[Any, ...]], None]:
+    """Looks at the values that one field has in an array of records.
 
-    Where nothing had to be built, it gives the same tuple. It raises ``_UnusualError`` where the
-    types on the wire are not exactly those that every value of the declared type has.
+    It raises ``_UnusualError`` where their types on the wire are not exactly those that every
+    value of the declared type has.
     """
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple and arguments[1:] == (Ellipsis,):
-        return partial(_check_arrays, _column_check(arguments[0]))
-    if typing.get_origin(hint) is tuple:
-        return partial(_check_records, [_column_check(one) for one in arguments], tuple)
-    if isinstance(hint, type) and issubclass(hint, tuple):
-        build = partial(tuple.__new__, hint)
-        return partial(_check_records, [_column_check(one) for one in _hints(hint)], build)
+        return partial(_check_arrays, _WIRE_TYPES.get(arguments[0]))
     return partial(_check_types, _WIRE_TYPES.get(hint))
 
 
-def _check_types(kind: type | None, values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _check_types(kind: type | None, values: tuple[Any, ...]) -> None:
     if set(map(type, values)) != {kind}:
         raise _UnusualError
-    return values
 
 
-def _check_arrays(
-    check_inner: Callable[[tuple[Any, ...]], tuple[Any, ...]], values: tuple[Any, ...]
-) -> tuple[Any, ...]:
+def _check_arrays(kind: type | None, values: tuple[Any, ...]) -> None:
     _check_types(tuple, values)
-    flat = tuple(chain.from_iterable(values))
-    built = check_inner(flat) if flat else flat
-    if built is flat:
-        return values
-    rest = iter(built)
-    return tuple([tuple(islice(rest, length)) for length in map(len, values)])
-
-
-def _check_records(
-    checks: list[Callable[[tuple[Any, ...]], tuple[Any, ...]]],
-    build: Callable[[tuple[Any, ...]], tuple[Any, ...]],
-    values: tuple[Any, ...],
-) -> tuple[Any, ...]:
-    _check_types(tuple, values)
-    if set(map(len, values)) != {len(checks)}:
+    if not set(map(type, chain.from_iterable(values))) <= {kind}:
         raise _UnusualError
-    columns = tuple(zip(*values, strict=True))
-    built = [check(column) for check, column in zip(checks, columns, strict=True)]
-    if all(map(operator.is_, built, columns)):
-        return values if build is tuple else tuple(map(build, values))
-    return tuple(map(build, zip(*built, strict=True)))
 
 
 def _check_for(hint: Any) -> Check:
