@@ -73,6 +73,7 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT_AFTER)
+    gc.enable()
 
 
 def tell_dropped(sessions: SessionTable, mailbox: Mailbox) -> None:

@@ -5,6 +5,7 @@ Whatever ends it is one clear message, on stderr and, if a launcher asked, in a 
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ def run_actor(
 ) -> int:
     """Run the actor until it is told to stop; gives its exit status."""
     leave_no_core()
+    gc.disable()  # imports leave no garbage; the actor looks for some once it is up
     if parent_pid is not None:
         die_with_parent(parent_pid)
     from understudy.runtime.log import configure_logging, get_logger

@@ -1,27 +1,26 @@
 """Keeps weights between starts as the CPU's kernels read them: packed, quantised and joined.
 
-Laying a checkpoint out for the kernels takes longer than reading the result. The file is in the
+Laying a checkpoint out for the kernels takes longer than mapping the result, and what is mapped is
+in memory once for all engines of a machine and for those that come after them. The file is in the
 safetensors form, beside the other things that make a start faster, and is written behind the
 engine's back once it serves. Its name says what it was made of, so nothing in it is ever out of
-date; what nobody has used for a month is removed.
+date; what nobody has used for a month is removed. A file is replaced and removed whole, never
+changed: who has mapped it keeps it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
-from io import FileIO
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import BinaryIO, Final
 
 import torch
 from torch import Tensor
@@ -29,23 +28,21 @@ from torch import Tensor
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.cache import cache_directory, is_ours, note_use
 from understudy.runtime.log import get_logger
-from understudy.runtime.model.checkpoint import StoredTensor, read_header
+from understudy.runtime.model.checkpoint import Checkpoint, StoredTensor, read_header
 from understudy.runtime.model.model_digest import model_digest
 from understudy.runtime.model.native.library import Library
-from understudy.runtime.model.native.linear import NativeLinear, Packed, on_large_pages
+from understudy.runtime.model.native.linear import NativeLinear, Packed
 
 _BYTES_MIN: Final = 64 << 20
 """Less is laid out again in no time."""
 _DISK_SHARE: Final = 0.25
 """Of what is free on the disk, the most that a file takes."""
-_READ_BYTES: Final = 4 << 20
-"""Read by one thread at a time."""
-_WRITING_S_MAX: Final = 600.0
-"""A file that has not grown for so long was left by a process that is no more."""
 _DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
     {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32"}
 )
 _PARTS: Final = ("panels", "start", "scales")
+"""In this order, all weights' panels first: each is some cache lines long, and so begins one."""
+_LINE_BYTES: Final = 64
 
 
 class PackedCache:
@@ -55,9 +52,8 @@ class PackedCache:
         """Read the header of ``path`` if it is there; with ``None``, nothing is kept."""
         self._library = library
         self._path = path
-        self._stored: Mapping[str, StoredTensor] = _stored(path)
+        self._kept = Checkpoint(_stored(path))
         self._new: dict[str, Packed] = {}
-        self._readers = ThreadPoolExecutor(torch.get_num_threads(), "packed-weights")
 
     @classmethod
     def of(cls, directory: Path, form: str, library: Library) -> PackedCache:
@@ -67,6 +63,7 @@ class PackedCache:
         except OSError as error:
             get_logger().warning(f"packed weights cannot be kept: {error}")
             return cls(library, None)
+        _remove_pieces(folder)
         name = "\0".join((*_fingerprints(directory), form, library.version))
         digest = hashlib.sha256(name.encode()).hexdigest()[:32]
         return cls(library, folder / f"weights-{digest}.safetensors")
@@ -77,9 +74,12 @@ class PackedCache:
         Raises:
             ConfigurationError: the file was cut off while it was read.
         """
-        if f"{name}.panels" not in self._stored:
+        if f"{name}.panels" not in self._kept.tensors:
             return None
-        panels, start, scales = (self._read(f"{name}.{part}") for part in _PARTS)
+        names = [f"{name}.{part}" for part in _PARTS]
+        panels, start, scales = (
+            self._kept.resident(each) if each in self._kept.tensors else None for each in names
+        )
         assert panels is not None
         packed = Packed(outputs, inputs, panels, start, scales)
         return packed if packed.is_sound else None
@@ -94,13 +94,12 @@ class PackedCache:
 
     def keep(self) -> threading.Thread | None:
         """All is read: write what is new, in a thread; None if that is nothing, or not enough."""
-        self._readers.shutdown()
         path, new = self._path, self._new
         self._new = {}
         num_bytes = sum(tensor.nbytes for _, tensor in _named(new))
         if path is None or num_bytes < _BYTES_MIN:
             return None
-        if self._stored:
+        if self._kept.tensors:
             # It lacks something, or held what cannot be: the next start makes it anew.
             path.unlink(missing_ok=True)
             return None
@@ -111,42 +110,24 @@ class PackedCache:
         writer.start()
         return writer
 
-    def _read(self, name: str) -> Tensor | None:
-        stored = self._stored.get(name)
-        if stored is None:
-            return None
-        tensor = on_large_pages(self._library, stored.shape, stored.dtype)
-        into = _bytes_of(tensor)
-        with stored.path.open("rb", buffering=0) as file:
-            starts = range(0, len(into), _READ_BYTES)
-            if len(starts) > 1:
-                # Reading is copying, and getting memory from the system: a core each is not idle.
-                list(self._readers.map(partial(_read_piece, file, stored.start, into), starts))
-            elif starts:
-                _read_piece(file, stored.start, into, 0)
-        return tensor
-
-
-def _read_piece(file: FileIO, offset: int, into: memoryview, start: int) -> None:
-    """Read one piece of a tensor that begins at ``offset``."""
-    end = min(start + _READ_BYTES, len(into))
-    while start < end:
-        count = os.preadv(file.fileno(), [into[start:end]], offset + start)
-        if not count:
-            raise ConfigurationError(f"{file.name}: truncated while it was read")
-        start += count
-
 
 def _stored(path: Path | None) -> Mapping[str, StoredTensor]:
-    """What a file holds; nothing if it is not there, or not to be trusted."""
+    """What a file holds; nothing if it is not there, or not to be trusted, and then it goes."""
+    if path is None:
+        return {}
     try:
-        if path is None or not is_ours(path):
-            return {}
-        note_use(path)
-        return read_header(path)
+        if is_ours(path):
+            note_use(path)
+            stored = read_header(path)
+            panels = (stored[name] for name in stored if name.endswith(f".{_PARTS[0]}"))
+            # Earlier releases let panels begin anywhere, where the kernels would be slow.
+            if not any(tensor.start % _LINE_BYTES for tensor in panels):
+                return stored
     except (OSError, ConfigurationError) as error:
         get_logger().warning(f"packed weights are made again: {error}")
-        return {}
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    return {}
 
 
 def _fingerprints(directory: Path) -> Iterator[str]:
@@ -158,39 +139,63 @@ def _fingerprints(directory: Path) -> Iterator[str]:
 
 
 def _named(weights: Mapping[str, Packed]) -> Iterator[tuple[str, Tensor]]:
-    for name, packed in weights.items():
-        for part, tensor in zip(_PARTS, (packed.panels, packed.start, packed.scales), strict=True):
+    for part in _PARTS:
+        for name, packed in weights.items():
+            tensor: Tensor | None = getattr(packed, part)
             if tensor is not None:
                 yield f"{name}.{part}", tensor
 
 
 def _write(path: Path, weights: Mapping[str, Packed], num_bytes: int) -> None:
-    """Write a file that appears whole or not at all."""
-    made = path.with_suffix(f".{os.getpid()}.new")
+    """Write a file that appears whole or not at all, unless another engine is about it."""
+    made = path.with_suffix(".new")
     try:
-        _remove_pieces(path.parent)
         if num_bytes > _DISK_SHARE * shutil.disk_usage(path.parent).free:
             get_logger().info("packed weights are not kept: the disk is nearly full")
             return
-        made.touch(mode=0o600)
-        with made.open("wb") as file:
-            file.write(_header(weights))
-            for _, tensor in _named(weights):
-                file.write(_bytes_of(tensor.contiguous()))
-            file.flush()
-            os.fsync(file.fileno())
-        made.replace(path)
+        with _held(made, os.O_RDWR | os.O_CREAT) as file:
+            if file is None or path.exists():
+                return
+            try:
+                file.truncate()
+                file.write(_header(weights))
+                for _, tensor in _named(weights):
+                    file.write(_bytes_of(tensor.contiguous()))
+                file.flush()
+                os.fsync(file.fileno())
+                made.replace(path)
+            except OSError:
+                made.unlink()
+                raise
     except OSError as error:
         get_logger().warning(f"packed weights cannot be kept: {error}")
-        made.unlink(missing_ok=True)
 
 
 def _remove_pieces(folder: Path) -> None:
     """Remove what was never finished, but for what somebody is still writing."""
     for piece in folder.glob("weights-*.new"):
-        with suppress(FileNotFoundError):
-            if piece.stat().st_mtime < time.time() - _WRITING_S_MAX:
+        with suppress(FileNotFoundError), _held(piece, os.O_RDWR) as file:
+            if file is not None:
                 piece.unlink()
+
+
+@contextmanager
+def _held(path: Path, flags: int) -> Iterator[BinaryIO | None]:
+    """A file that nobody else has hold of meanwhile (flock(2)); None if somebody has.
+
+    A lock belongs to the file and not to its name: who got it when the file had been renamed or
+    removed has nothing.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    with os.fdopen(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        yield file if is_ours else None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -208,4 +213,5 @@ def _header(weights: Mapping[str, Packed]) -> bytes:
             "data_offsets": [start, end],
         }
     text = json.dumps(entries).encode()
+    text += b" " * (-(8 + len(text)) % _LINE_BYTES)
     return len(text).to_bytes(8, "little") + text

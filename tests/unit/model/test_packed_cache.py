@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.serving import request_of, serve
@@ -17,6 +19,7 @@ from tests.unit.model.native.kernels import needs_native
 from understudy.protocol.request import SamplingParams
 from understudy.runtime.model import loader, packed_cache
 from understudy.runtime.model.loader import load_model
+from understudy.runtime.model.native.linear import NativeLinear, Packed
 from understudy.runtime.model.packed_cache import PackedCache
 from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.transformer import Transformer
@@ -78,6 +81,41 @@ def test_the_second_start_reads_what_the_first_packed(
     assert len(shelf.files) == 1
 
 
+def test_what_is_kept_is_mapped_where_the_kernels_read_it_fast(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.load("int8")
+    (path,) = shelf.files
+    found: list[Packed] = []
+    real = PackedCache.linear
+
+    def linear(self: PackedCache, packed: Packed, bias: Tensor | None) -> NativeLinear:
+        found.append(packed)
+        return real(self, packed, bias)
+
+    monkeypatch.setattr(PackedCache, "linear", linear)
+    model = shelf.load("int8")
+    entries = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    areas = [entry[0].split("-") for entry in entries if entry[-1] == str(path)]
+    mapped = [range(int(start, 16), int(end, 16)) for start, end in areas]
+    assert len(found) == 4 * model.config.num_layers + 1
+    for packed in found:
+        assert packed.panels.data_ptr() % 64 == 0
+        assert any(packed.panels.data_ptr() in area for area in mapped)
+
+
+def test_panels_that_begin_anywhere_are_made_again(shelf: Shelf) -> None:
+    first = texts(shelf.load())
+    (path,) = shelf.files
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes(
+        (length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :]
+    )
+    assert texts(shelf.load()) == first
+    assert path.read_bytes() == data
+
+
 def test_progress_is_told_of_kept_weights_too(shelf: Shelf) -> None:
     told: list[list[int]] = []
     for _ in range(2):
@@ -124,14 +162,27 @@ def test_what_cannot_be_believed_is_made_again(shelf: Shelf, damage: str) -> Non
         assert path.read_bytes() == data
 
 
-def test_a_start_that_was_killed_leaves_nothing_for_long(shelf: Shelf) -> None:
-    left, written = shelf.folder / "weights-0.7.new", shelf.folder / "weights-0.8.new"
-    for piece in (left, written):
-        piece.write_bytes(b"half")
-    os.utime(left, (0, 0))
+def test_a_start_that_was_killed_leaves_nothing_to_the_next(shelf: Shelf) -> None:
+    left, held = shelf.folder / "weights-0.new", shelf.folder / "weights-1.new"
+    left.write_bytes(b"half")
+    with held.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        shelf.load()
+        assert not left.exists()
+        assert held.exists()
+
+
+def test_what_another_engine_is_writing_is_left_to_it(shelf: Shelf) -> None:
     shelf.load()
-    assert not left.exists()
-    assert written.exists()
+    (path,) = shelf.files
+    data = path.read_bytes()
+    made = path.rename(path.with_suffix(".new"))
+    with made.open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        shelf.load()
+        assert shelf.files == [made]
+        made.rename(path)
+    assert path.read_bytes() == data
 
 
 def test_a_full_disk_is_left_alone(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
