@@ -18,6 +18,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Final
@@ -43,6 +44,7 @@ _DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
 _PARTS: Final = ("panels", "start", "scales")
 """In this order, all weights' panels first: each is some cache lines long, and so begins one."""
 _LINE_BYTES: Final = 64
+_LARGE_PAGE_BYTES: Final = 2 << 20
 
 
 class PackedCache:
@@ -158,9 +160,8 @@ def _write(path: Path, weights: Mapping[str, Packed], num_bytes: int) -> None:
                 return
             try:
                 file.truncate()
-                file.write(_header(weights))
-                for _, tensor in _named(weights):
-                    file.write(_bytes_of(tensor.contiguous()))
+                for piece in _pieces(weights):
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
                 made.replace(path)
@@ -196,6 +197,25 @@ def _held(path: Path, flags: int) -> Iterator[BinaryIO | None]:
         except (BlockingIOError, FileNotFoundError):
             is_ours = False
         yield file if is_ours else None
+
+
+def _pieces(weights: Mapping[str, Packed]) -> Iterator[memoryview]:
+    """A file's bytes, a large page at a time, which is how the system then keeps and maps them.
+
+    Each is valid until the next one is asked for.
+    """
+    parts = (_bytes_of(tensor.contiguous()) for _, tensor in _named(weights))
+    piece, filled = memoryview(bytearray(_LARGE_PAGE_BYTES)), 0
+    for part in chain((memoryview(_header(weights)),), parts):
+        done = 0
+        while done < len(part):
+            count = min(len(part) - done, len(piece) - filled)
+            piece[filled : filled + count] = part[done : done + count]
+            done, filled = done + count, filled + count
+            if filled == len(piece):
+                yield piece
+                filled = 0
+    yield piece[:filled]
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
