@@ -8,12 +8,9 @@ run code.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import mmap
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -22,13 +19,12 @@ import torch
 from torch import Tensor
 
 from understudy.protocol.errors import ConfigurationError
+from understudy.runtime.model.mapped_file import MappedFile
 
 _HEADER_BYTES_MAX: Final = 100_000_000
 _INDEX_BYTES_MAX: Final = 64 << 20
 _SINGLE_FILE: Final = "model.safetensors"
 _INDEX_FILE: Final = "model.safetensors.index.json"
-_MADV_POPULATE_READ: Final = 22
-"""See madvise(2); the standard library has no name for it."""
 _DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {
         "F32": torch.float32,
@@ -58,7 +54,7 @@ class Checkpoint:
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self.tensors = tensors
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._maps: dict[Path, MappedFile] = {}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -86,37 +82,13 @@ class Checkpoint:
         count = math.prod(stored.shape)
         if count == 0:
             return torch.empty(stored.shape, dtype=stored.dtype)
-        mapped = self._mapped(stored.path)
-        if len(mapped) < stored.start + stored.num_bytes:
-            raise ConfigurationError(f"{stored.path}: truncated while it was read")
-        tensor = torch.frombuffer(mapped, dtype=stored.dtype, count=count, offset=stored.start)
-        return tensor.view(stored.shape)
+        return (
+            self._mapped(stored.path).tensor(stored.dtype, count, stored.start).view(stored.shape)
+        )
 
-    def resident(self, name: str) -> Tensor:
-        """The same, and in memory when this returns, so that its first use waits for no disk.
-
-        Raises:
-            ConfigurationError: the file was cut off after it was opened, or cannot be read.
-        """
-        tensor, stored = self.stored(name), self.tensors[name]
-        if stored.num_bytes:
-            start = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
-            end = stored.start + stored.num_bytes
-            try:
-                self._mapped(stored.path).madvise(_MADV_POPULATE_READ, start, end - start)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # before Linux 5.14 it comes when it is used
-                    raise ConfigurationError(f"{stored.path}: {error.strerror}") from error
-        return tensor
-
-    def _mapped(self, path: Path) -> mmap.mmap:
+    def _mapped(self, path: Path) -> MappedFile:
         if path not in self._maps:
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            with suppress(OSError):  # a kernel without them
-                # The system then reads 2 MiB at a time, and maps them as one where it can.
-                mapped.madvise(mmap.MADV_HUGEPAGE)
-            self._maps[path] = mapped
+            self._maps[path] = MappedFile(path)
         return self._maps[path]
 
 

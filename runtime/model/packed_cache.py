@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -29,10 +30,11 @@ from torch import Tensor
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.cache import cache_directory, is_ours, note_use
 from understudy.runtime.log import get_logger
-from understudy.runtime.model.checkpoint import Checkpoint, StoredTensor, read_header
+from understudy.runtime.model.checkpoint import StoredTensor, read_header
+from understudy.runtime.model.mapped_file import MappedFile
 from understudy.runtime.model.model_digest import model_digest
 from understudy.runtime.model.native.library import Library
-from understudy.runtime.model.native.linear import NativeLinear, Packed
+from understudy.runtime.model.native.linear import NativeLinear, Packed, on_large_pages
 
 _BYTES_MIN: Final = 64 << 20
 """Less is laid out again in no time."""
@@ -45,6 +47,8 @@ _PARTS: Final = ("panels", "start", "scales")
 """In this order, all weights' panels first: each is some cache lines long, and so begins one."""
 _LINE_BYTES: Final = 64
 _LARGE_PAGE_BYTES: Final = 2 << 20
+_LOOKED_AT_BYTES: Final = 32 << 20
+"""Of a file, to see whether it is mapped in large pages."""
 
 
 class PackedCache:
@@ -54,7 +58,9 @@ class PackedCache:
         """Read the header of ``path`` if it is there; with ``None``, nothing is kept."""
         self._library = library
         self._path = path
-        self._kept = Checkpoint(_stored(path))
+        self._stored: Mapping[str, StoredTensor] = _stored(path)
+        self._file = MappedFile(path) if path is not None and self._stored else None
+        self._copies = self._file is not None and not _is_on_large_pages(self._file)
         self._new: dict[str, Packed] = {}
 
     @classmethod
@@ -76,13 +82,11 @@ class PackedCache:
         Raises:
             ConfigurationError: the file was cut off while it was read.
         """
-        if f"{name}.panels" not in self._kept.tensors:
+        panels, start, scales = (self._tensor(f"{name}.{part}") for part in _PARTS)
+        if panels is None:
             return None
-        names = [f"{name}.{part}" for part in _PARTS]
-        panels, start, scales = (
-            self._kept.resident(each) if each in self._kept.tensors else None for each in names
-        )
-        assert panels is not None
+        if self._copies:
+            panels = on_large_pages(self._library, panels.shape, panels.dtype).copy_(panels)
         packed = Packed(outputs, inputs, panels, start, scales)
         return packed if packed.is_sound else None
 
@@ -101,7 +105,7 @@ class PackedCache:
         num_bytes = sum(tensor.nbytes for _, tensor in _named(new))
         if path is None or num_bytes < _BYTES_MIN:
             return None
-        if self._kept.tensors:
+        if self._stored:
             # It lacks something, or held what cannot be: the next start makes it anew.
             path.unlink(missing_ok=True)
             return None
@@ -111,6 +115,21 @@ class PackedCache:
         )
         writer.start()
         return writer
+
+    def _tensor(self, name: str) -> Tensor | None:
+        stored = self._stored.get(name)
+        if stored is None or self._file is None:
+            return None
+        self._file.fetch(stored.start, stored.num_bytes)
+        count = math.prod(stored.shape)
+        return self._file.tensor(stored.dtype, count, stored.start).view(stored.shape)
+
+
+def _is_on_large_pages(file: MappedFile) -> bool:
+    """Whether the system keeps a file so that the kernels need no copy; else 7 % are lost."""
+    num_bytes = min(file.num_bytes, _LOOKED_AT_BYTES)
+    file.fetch(0, num_bytes)
+    return file.large_page_bytes > num_bytes // 2
 
 
 def _stored(path: Path | None) -> Mapping[str, StoredTensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -50,26 +49,6 @@ def test_what_safetensors_writes_is_read(tmp_path: Path, dtype: torch.dtype) -> 
         into = torch.empty(tensor.shape)
         checkpoint.read(name, into)
         assert torch.equal(into, tensor.float())
-
-
-def test_a_resident_tensor_is_mapped_and_there(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(300, 70), "none": torch.empty(0, 4), "b": torch.randn(5)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
-    for name, tensor in tensors.items():
-        resident = checkpoint.resident(name)
-        assert torch.equal(resident, tensor)
-        if tensor.numel():
-            assert resident.data_ptr() == checkpoint.stored(name).data_ptr()
-
-
-def test_a_file_that_is_cut_off_under_the_map_is_told_of_and_kills_nobody(tmp_path: Path) -> None:
-    save_file({"a": torch.randn(64, 1024)}, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path)
-    checkpoint.stored("a")
-    os.truncate(tmp_path / "model.safetensors", 8192)
-    with pytest.raises(ConfigurationError, match=r"model\.safetensors: "):
-        checkpoint.resident("a")
 
 
 def test_shards_are_read_as_one(tmp_path: Path) -> None:

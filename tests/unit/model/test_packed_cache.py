@@ -19,6 +19,7 @@ from tests.unit.model.native.kernels import needs_native
 from understudy.protocol.request import SamplingParams
 from understudy.runtime.model import loader, packed_cache
 from understudy.runtime.model.loader import load_model
+from understudy.runtime.model.mapped_file import MappedFile
 from understudy.runtime.model.native.linear import NativeLinear, Packed
 from understudy.runtime.model.packed_cache import PackedCache
 from understudy.runtime.model.quantization_config import Quantization
@@ -81,10 +82,12 @@ def test_the_second_start_reads_what_the_first_packed(
     assert len(shelf.files) == 1
 
 
-def test_what_is_kept_is_mapped_where_the_kernels_read_it_fast(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_what_is_kept_is_mapped_where_that_is_as_fast(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, *, is_fast: bool
 ) -> None:
-    shelf.load("int8")
+    monkeypatch.setattr(MappedFile, "large_page_bytes", (1 << 60) * is_fast)
+    first = texts(shelf.load("int8"))
     (path,) = shelf.files
     found: list[Packed] = []
     real = PackedCache.linear
@@ -101,7 +104,8 @@ def test_what_is_kept_is_mapped_where_the_kernels_read_it_fast(
     assert len(found) == 4 * model.config.num_layers + 1
     for packed in found:
         assert packed.panels.data_ptr() % 64 == 0
-        assert any(packed.panels.data_ptr() in area for area in mapped)
+        assert any(packed.panels.data_ptr() in area for area in mapped) == is_fast
+    assert texts(model) == first
 
 
 def test_panels_that_begin_anywhere_are_made_again(shelf: Shelf) -> None:
