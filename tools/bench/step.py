@@ -144,11 +144,14 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigurationError: the model cannot be loaded as the flags say.
     """
+    import torch
+
     from understudy.actors.loading import load_runner
     from understudy.runtime.config import engine_config
     from understudy.runtime.kit.clock import MonotonicClock
     from understudy.runtime.log import configure_logging
     from understudy.runtime.model.config import ModelConfig
+    from understudy.tools.bench.limits import measure_limits, num_weights, weight_bytes
     from understudy.tools.configuration import settle_with_model
 
     given = {name: getattr(arguments, name) for name in _SETTINGS}
@@ -158,7 +161,7 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     began_s = time.perf_counter()
     loaded = load_runner(config, MonotonicClock())
     load_s = time.perf_counter() - began_s
-    vocab_size = ModelConfig.from_directory(config.model).vocab_size
+    model_config = ModelConfig.from_directory(config.model)
 
     def measure(num_sequences: int, num_tokens_each: int, context: int) -> StepTime:
         shape = (num_sequences, num_tokens_each, context)
@@ -171,11 +174,12 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
             num_tokens_each=num_tokens_each,
             context=context,
             block_size=config.block_size,
-            vocab_size=vocab_size,
+            vocab_size=model_config.vocab_size,
         )
         times_s = measure_step(loaded, plan, repeats=arguments.repeats)
         return StepTime(*shape, statistics.median(times_s), min(times_s))
 
+    is_on_gpu = config.device != "cpu" and torch.cuda.is_available()
     decode = [measure(b, 1, c - 1) for b in arguments.batch_sizes for c in arguments.contexts]
     prefill = [measure(1, chunk, 0) for chunk in arguments.chunks]
     return {
@@ -187,11 +191,14 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
         "load_s": load_s,
         "decode": [taken._asdict() for taken in decode],
         "prefill": [taken._asdict() for taken in prefill],
+        "operations_a_prompt_token": 2 * num_weights(model_config)[0],
+        "weight_bytes": weight_bytes(config.model, model_config, config.quantization),
+        "limits": None if is_on_gpu else measure_limits()._asdict(),
     }
 
 
 def render(figures: Mapping[str, Any]) -> str:
-    """Two tables: milliseconds a decode step, and prompt tokens/s."""
+    """Two tables: milliseconds a decode step, and prompt tokens/s; and the machine beside them."""
     from understudy.tools.bench.report import render_table
 
     decode: Sequence[Mapping[str, Any]] = figures["decode"]
@@ -213,7 +220,32 @@ def render(figures: Mapping[str, Any]) -> str:
         rate = None if time_s is None else size / time_s
         prefill_rows.append((f"{size}", _shown(time_s, 1000), _shown(rate, 1)))
     tables += ["", "prefill", render_table(("tokens", "ms", "tokens/s"), prefill_rows)]
-    return "\n".join(tables)
+    return "\n".join([*tables, *_beside_limits(figures)])
+
+
+def _beside_limits(figures: Mapping[str, Any]) -> list[str]:
+    """How fast one sequence reads its weights, and how fast prompts multiply with them."""
+    limits = figures["limits"]
+    if limits is None:
+        return []
+    reads, multiplies = (
+        limits["read_bytes_per_s"],
+        [
+            f"{limits[f'{kind}_per_s'] / 1e9:,.0f} ({kind.partition('_')[0]})"
+            for kind in ("float32_flop", "bfloat16_flop", "int8_op")
+        ],
+    )
+    lines = ["", f"torch on this machine: reads {reads / 1e9:.1f} GB/s,"]
+    lines[-1] += f" multiplies {', '.join(multiplies)} G/s"
+    alone = [taken["median_s"] for taken in figures["decode"] if taken["num_sequences"] == 1]
+    if alone and alone[0] is not None and figures["weight_bytes"] is not None:
+        rate = figures["weight_bytes"] / alone[0]
+        lines.append(f"one sequence reads weights at {rate / 1e9:.1f} GB/s, {rate / reads:.0%}")
+    rates = [t["num_tokens_each"] / t["median_s"] for t in figures["prefill"] if t["median_s"]]
+    if rates:
+        rate = max(rates) * figures["operations_a_prompt_token"]
+        lines.append(f"prompts multiply with weights at {rate / 1e9:,.0f} G/s")
+    return lines
 
 
 def _shown(value: float | None, factor: float) -> str:
