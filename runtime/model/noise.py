@@ -12,10 +12,15 @@ from a start that is itself the hash of seed and position.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Keys: TypeAlias = npt.NDArray[np.uint64]
+"""Numbers of 64 bits that wrap around."""
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _MIX_1: Final = 0xBF58476D1CE4E5B9
@@ -26,7 +31,21 @@ _MANTISSA_BITS: Final = 52
 
 def noise_key(seed: int, position: int) -> int:
     """The 64-bit start of one draw's counter; ``position`` is the index in the output."""
-    return _mix(_mix(seed + _GOLDEN) + position * _GOLDEN)
+    return _mix(seed_hash(seed) + position * _GOLDEN)
+
+
+def seed_hash(seed: int) -> int:
+    """The part of ``noise_key`` that is the same for all positions."""
+    return _mix(seed + _GOLDEN)
+
+
+def noise_keys(seed_hashes: Keys, positions: Keys) -> Keys:
+    """``noise_key`` of many draws at once, of seeds that ``seed_hash`` was taken of."""
+    keys = seed_hashes + positions * np.uint64(_GOLDEN)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(_MIX_1)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(_MIX_2)
+    mixed: Keys = keys ^ (keys >> np.uint64(31))
+    return mixed
 
 
 def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:

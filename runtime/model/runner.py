@@ -18,6 +18,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -56,6 +57,8 @@ class _Computed(NamedTuple):
     pooled: Mapping[int, Pooled]
     drawing: list[ScheduledSequence]
     """The shares at whose ends tokens are drawn."""
+    is_by_graph: bool = False
+    """Whether each sequence had one token, and draws, and a graph computed that."""
 
 
 class _Drawer(NamedTuple):
@@ -96,21 +99,26 @@ class _Drawer(NamedTuple):
 class _Latest(NamedTuple):
     """What the step that was launched last draws."""
 
-    shares: list[ScheduledSequence]
-    token_ids: Tensor | list[int]
+    shares: Sequence[ScheduledSequence]
+    drawing: Drawing
+    is_by_graph: bool
+    """Whether it was a step of single tokens, each of which draws, computed by a graph."""
 
-    def tokens_of(self, plan: StepPlan, device: torch.device) -> Tensor:
-        """The tokens of a plan's sequences, on the device; nobody may know them yet."""
-        drawn = [share.sequence.request_id for share in self.shares]
+    def kept(self, plan: StepPlan) -> npt.NDArray[np.int64] | None:
+        """Which of them, in order, a plan's sequences are; ``None`` if they are all of them."""
         wanted = [share.sequence.request_id for share in plan.scheduled]
-        tokens = self.token_ids
+        drawn = [share.sequence.request_id for share in self.shares]
+        if wanted == drawn:
+            return None
+        places = {request_id: place for place, request_id in enumerate(drawn)}
+        return np.array([places[request_id] for request_id in wanted])
+
+    def tokens(self, kept: npt.NDArray[np.int64] | None, device: torch.device) -> Tensor:
+        """Those of their tokens, on the device; nobody may know them yet."""
+        tokens = self.drawing.token_ids
         if not isinstance(tokens, Tensor):
             tokens = torch.tensor(tokens, device=device)
-        if wanted == drawn:
-            return tokens
-        places = {request_id: place for place, request_id in enumerate(drawn)}
-        index = np.array([places[request_id] for request_id in wanted])
-        return tokens.index_select(0, to_device(index, device))
+        return tokens if kept is None else tokens.index_select(0, to_device(kept, device))
 
 
 class _Flight:
@@ -140,10 +148,41 @@ class _Flight:
             if drawer.share.sequence.status is not SequenceStatus.FINISHED:
                 counting += is_finite[first:end]
             first = end
-        # Whoever took part in vain may have ended for that very reason.
-        if len(counting) > 1 and not any(counting):
-            raise EngineFault(f"no logits of {len(counting)} sequences are finite")
+        _check_any_finite(counting)
         return draws
+
+
+class _PlainFlight:
+    """The same, of a step in which every sequence draws one token and nobody asks for more."""
+
+    def __init__(self, shares: Sequence[ScheduledSequence], drawing: Drawing) -> None:
+        self._shares = shares
+        self._drawing = drawing
+
+    def collect(self) -> Draws:
+        """See ``Flight``."""
+        with telling_out_of_memory():
+            token_ids, is_finite = self._drawing.wait()
+        drawn = zip(self._shares, token_ids, is_finite, strict=True)
+        draws = {
+            share.sequence.request_id: (SampledToken(token_id),)
+            for share, token_id, counts in drawn
+            if counts
+        }
+        if len(draws) < len(self._shares):
+            counting = [
+                counts
+                for share, counts in zip(self._shares, is_finite, strict=True)
+                if share.sequence.status is not SequenceStatus.FINISHED
+            ]
+            _check_any_finite(counting)
+        return draws
+
+
+def _check_any_finite(counting: Sequence[bool]) -> None:
+    # Whoever took part in vain may have ended for that very reason.
+    if len(counting) > 1 and not any(counting):
+        raise EngineFault(f"no logits of {len(counting)} sequences are finite")
 
 
 class ModelRunner:
@@ -190,13 +229,32 @@ class ModelRunner:
         if not plan.scheduled:
             return _Flight({}, (), None)
         with telling_out_of_memory(), torch.inference_mode():
-            return self._launch(plan)
+            return self._launch_behind(plan) or self._launch(plan)
+
+    def _launch_behind(self, plan: StepPlan) -> Flight | None:
+        """Launch what most steps are, without a look at each sequence; ``None`` if it is not."""
+        latest = self._latest
+        if not plan.is_ahead or self._graphs is None or latest is None or not latest.is_by_graph:
+            return None
+        draws = latest.drawing.draws
+        if draws is None:
+            return None
+        kept = latest.kept(plan)
+        tokens = latest.tokens(kept, self._model.device)
+        tables = [share.sequence.block_table for share in plan.scheduled]
+        decoded = self._graphs.run_behind(tables, kept, tokens)
+        if decoded is None:
+            return None
+        drawing = self._sampler.draw_behind(decoded.logits, draws, kept)
+        self._latest = _Latest(plan.scheduled, drawing, is_by_graph=True)
+        return _PlainFlight(plan.scheduled, drawing)
 
     def _launch(self, plan: StepPlan) -> Flight:
         if self._grammar_masks is not None:
             self._grammar_masks.begin(plan.scheduled)
-        logits, pooled, sampled = self._compute(plan)
+        logits, pooled, sampled, is_by_graph = self._compute(plan)
         if logits is None:
+            self._latest = None
             return _Flight(pooled, (), None)
         masks: Mapping[int, Masks | NoDraw] = {}
         if self._grammar_masks is not None:
@@ -207,7 +265,7 @@ class ModelRunner:
         ]
         rows = [row for drawer in drawers for row in drawer.rows(is_ahead=plan.is_ahead)]
         drawing = self._sampler.draw(logits, rows)
-        self._latest = _Latest(sampled, drawing.token_ids)
+        self._latest = _Latest(sampled, drawing, is_by_graph)
         return _Flight(pooled, drawers, drawing)
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
@@ -228,7 +286,7 @@ class ModelRunner:
         decoded = self._decode(plan)
         drawing = _drawing(plan)
         if decoded is not None and len(drawing) == len(plan.scheduled):
-            return _Computed(decoded.logits, {}, drawing)
+            return _Computed(decoded.logits, {}, drawing, is_by_graph=True)
         hidden = self._forward(plan) if decoded is None else decoded.hidden
         pooled = self._pooler.pool(plan.scheduled, hidden)
         last_rows: list[int] = []
@@ -275,7 +333,7 @@ class ModelRunner:
 
     def _undecided(self, plan: StepPlan) -> Tensor:
         assert self._latest is not None, "nothing is under way"
-        return self._latest.tokens_of(plan, self._model.device)
+        return self._latest.tokens(self._latest.kept(plan), self._model.device)
 
     def _decode(self, plan: StepPlan) -> Decoded | None:
         """Compute a step of single tokens by a graph, where there are graphs."""
@@ -352,8 +410,8 @@ def _spans(scheduled: tuple[ScheduledSequence, ...], *, is_ahead: bool = False) 
     spans: list[Span] = []
     start = 0
     for sequence, num_tokens, _ in scheduled:
-        # The token before the one that is still being drawn is computed with it under way.
-        position = sequence.num_computed_tokens + is_ahead
+        # All that it knows is computed by the step that still draws the token behind it.
+        position = sequence.num_tokens if is_ahead else sequence.num_computed_tokens
         spans.append(Span(start, num_tokens, position, sequence.block_table))
         start += num_tokens
     return spans

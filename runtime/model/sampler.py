@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Rows
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
 from torch import Tensor
@@ -29,6 +30,9 @@ from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
 from understudy.runtime.model.operations import has_kernels
 from understudy.runtime.model.transfer import HostCopy, to_device
 from understudy.runtime.scheduling.decision import SampledToken
+
+if TYPE_CHECKING:
+    from understudy.runtime.model.kernels.sampling import Draws
 
 _GREEDY_TEMPERATURE: Final = 1e-5
 """Below this, dividing by the temperature would overflow; the result is greedy anyway."""
@@ -100,10 +104,14 @@ class Drawing:
         token_ids: Tensor | list[int],
         is_finite: Tensor,
         raw: Tensor | None,
+        *,
+        draws: Draws | None = None,
     ) -> None:
         """``raw`` are log-probabilities, of the rows that report them, one below the other."""
         self.token_ids = token_ids
         """``[rows]``, int64, on the device, or known."""
+        self.draws = draws
+        """Set if ``Sampler.draw_behind`` may draw the next tokens of these rows."""
         self._rows = rows
         self._raw = raw
         self._is_finite = is_finite
@@ -113,7 +121,7 @@ class Drawing:
 
     def collect(self) -> Drawn:
         """Wait for the tokens."""
-        token_ids, is_finite = self._wait()
+        token_ids, is_finite = self.wait()
         tokens = [SampledToken(token) for token in token_ids]
         if self._raw is None:
             return Drawn(tokens, is_finite)
@@ -124,7 +132,8 @@ class Drawing:
             tokens[index] = SampledToken(token_ids[index], logprobs)
         return Drawn(tokens, is_finite)
 
-    def _wait(self) -> tuple[list[int], list[bool]]:
+    def wait(self) -> tuple[list[int], list[bool]]:
+        """Wait for the bare tokens, and whether each row's numbers are finite."""
         if self._copy is not None:
             token_ids, is_finite = self._copy.wait().tolist()
             return token_ids, list(map(bool, is_finite))
@@ -162,8 +171,25 @@ class Sampler:
         for index, row in enumerate(rows):
             self._adjust(logits[index], row)
         self._forbid_masked(logits, rows)
-        drawn = _drawn_by_kernels if self._has_kernels else self._draw
-        return Drawing(rows, drawn(logits, rows), is_finite, raw)
+        if not self._has_kernels:
+            return Drawing(rows, self._draw(logits, rows), is_finite, raw)
+        from understudy.runtime.model.kernels.sampling import draw_tokens
+
+        draws = _draws_of(rows)
+        token_ids = draw_tokens(logits, draws)
+        # What is not adjusted here will not be later on: tokens are only added.
+        can_go_on = raw is None and not any(row.is_adjusted for row in rows)
+        return Drawing(rows, token_ids, is_finite, raw, draws=draws if can_go_on else None)
+
+    def draw_behind(
+        self, logits: Tensor, draws: Draws, kept: npt.NDArray[np.int64] | None
+    ) -> Drawing:
+        """As ``draw``, behind tokens drawn so: of the same rows, or of ``kept`` ones of them."""
+        from understudy.runtime.model.kernels.sampling import draw_tokens
+
+        draws = draws.next(kept)
+        is_finite = self._are_finite(logits)
+        return Drawing((), draw_tokens(logits, draws), is_finite, None, draws=draws)
 
     def _are_finite(self, logits: Tensor) -> Tensor:
         """Whether the numbers of each row of ``logits``, but for forbidden ones, are finite."""
@@ -329,20 +355,22 @@ class Sampler:
         return torch.tensor(values, dtype=dtype, device=self._device).unsqueeze(1)
 
 
-def _drawn_by_kernels(logits: Tensor, rows: Rows[SamplingRow]) -> Tensor:
-    from understudy.runtime.model.kernels.sampling import Draw, draw_tokens
+def _draws_of(rows: Rows[SamplingRow]) -> Draws:
+    from understudy.runtime.model.kernels.sampling import Draw, Draws
 
-    draws = [
-        Draw(
-            temperature=0.0 if row.is_greedy else row.params.temperature,
-            key=signed(noise_key(row.params.seed, row.position)),
-            top_k=row.params.top_k,
-            top_p=row.params.top_p,
-            min_p=row.params.min_p,
-        )
-        for row in rows
-    ]
-    return draw_tokens(logits, draws)
+    return Draws.of(
+        [
+            Draw(
+                temperature=0.0 if row.is_greedy else row.params.temperature,
+                seed=row.params.seed,
+                position=row.position,
+                top_k=row.params.top_k,
+                top_p=row.params.top_p,
+                min_p=row.params.min_p,
+            )
+            for row in rows
+        ]
+    )
 
 
 def _winners(

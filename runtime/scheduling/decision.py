@@ -49,9 +49,7 @@ class ScheduledSequence(NamedTuple):
     @property
     def leads_on(self) -> bool:
         """Whether the sequence's next step can be planned, and drawn, with this one under way."""
-        return (
-            self.num_tokens == 1 and not self.draft and self.draws and not self.sequence.looks_back
-        )
+        return not self.draft and self.draws and not self.sequence.looks_back
 
 
 class StepPlan(NamedTuple):

@@ -226,11 +226,12 @@ class Scheduler:
         """Plan the step behind the latest, before it is known what that one draws.
 
         Only where it would be planned in any case, and draws need nothing but the model: all
-        running sequences take part in both steps with a single token each, and nobody waits. Else
-        ``None``: ``update``, then ``schedule``. A sequence that has ended by then, by a stop token
-        or because it was cancelled, takes part in vain.
+        running sequences draw in the step under way, each takes part in this one with a single
+        token, and nobody waits who could start in it. Else ``None``: ``update``, then ``schedule``.
+        A sequence that has ended by then, by a stop token or because it was cancelled, takes part
+        in vain, and who waits for its place has it a step later.
         """
-        if self._plan is None or self._ahead is not None or self._waiting or self._suspects:
+        if self._plan is None or self._ahead is not None or self._suspects:
             return None
         shares = [
             share
@@ -241,14 +242,19 @@ class Scheduler:
             return None
         # Who is full with the token that is under way has no part in the next step.
         shares = [s for s in shares if s.sequence.num_tokens + 1 < s.sequence.num_tokens_max]
+        if not shares or (self._waiting and len(shares) < self._config.max_num_seqs):
+            return None
         manager = self._kv_cache_manager
-        if not shares or not all(manager.allocate(share.sequence, 2) for share in shares):
+        if not all(manager.allocate(each.sequence, each.num_tokens + 1) for each in shares):
             return None
         for share in shares:
             # What this step itself fills is not offered: nobody knows yet with which token.
-            manager.plan(share.sequence, 1)
+            manager.plan(share.sequence, share.num_tokens)
         self._step += 1
-        self._ahead = StepPlan(self._step, tuple(shares), is_ahead=True)
+        following = [
+            share if share.num_tokens == 1 else share._replace(num_tokens=1) for share in shares
+        ]
+        self._ahead = StepPlan(self._step, tuple(following), is_ahead=True)
         return self._ahead
 
     def withdraw_ahead(self) -> None:

@@ -231,7 +231,7 @@ class CheckedRunner:
     def _write_ahead(self, plan: StepPlan) -> None:
         size = self._block_size
         for sequence, _, _ in plan.scheduled:
-            position = sequence.num_computed_tokens + 1
+            position = sequence.num_tokens
             for place in range(-(-position // size)):
                 self._check(sequence, place, position)
             place = position // size

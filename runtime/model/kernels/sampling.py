@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from understudy.runtime.model.noise import Keys, noise_keys, seed_hash
 from understudy.runtime.model.transfer import to_device
 
 _BLOCK: Final = 4096
@@ -31,34 +33,71 @@ class Draw(NamedTuple):
 
     temperature: float
     """0 takes the likeliest."""
-    key: int
-    """Of the noise, signed."""
+    seed: int
+    position: int
+    """Index in the output of the token to draw."""
     top_k: int
     """0 is off."""
     top_p: float
     min_p: float
 
 
-def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+class Draws:
+    """How the rows of a step are drawn, as the kernels read it.
+
+    What a step needs that comes behind another one is made of the other's without a look at any
+    single row.
+    """
+
+    def __init__(
+        self, numbers: npt.NDArray[np.float64], seed_hashes: Keys, positions: Keys
+    ) -> None:
+        """``numbers`` ``[5, rows]``: temperature, top_p, log of min_p, and integers: key, top_k."""
+        self._numbers = numbers
+        self._seed_hashes = seed_hashes
+        self._positions = positions
+        numbers[3] = noise_keys(seed_hashes, positions).view(np.float64)
+        truncated = (numbers[4].view(np.int64) > 0) | (numbers[1] < 1) | (numbers[2] > -np.inf)
+        self.are_truncated = bool((truncated & (numbers[0] > 0)).any())
+        """Whether a row keeps only some of its tokens."""
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw]) -> "Draws":
+        """Lay them out."""
+        numbers = np.empty((5, len(draws)))
+        numbers[0] = [draw.temperature for draw in draws]
+        numbers[1] = [draw.top_p for draw in draws]
+        with np.errstate(divide="ignore"):
+            numbers[2] = np.log(np.array([draw.min_p for draw in draws]))
+        numbers[4] = np.array([draw.top_k for draw in draws], dtype=np.int64).view(np.float64)
+        seed_hashes = np.array([seed_hash(draw.seed) for draw in draws], dtype=np.uint64)
+        positions = np.array([draw.position for draw in draws], dtype=np.uint64)
+        return cls(numbers, seed_hashes, positions)
+
+    def next(self, kept: npt.NDArray[np.int64] | None) -> "Draws":
+        """Of the same rows, or of some of them, what is drawn behind this."""
+        rows = slice(None) if kept is None else kept
+        positions = self._positions[rows] + np.uint64(1)
+        return Draws(self._numbers[:, rows].copy(), self._seed_hashes[rows], positions)
+
+    def __len__(self) -> int:
+        return self._numbers.shape[1]
+
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers, on a device."""
+        return to_device(self._numbers, device)
+
+
+def draw_tokens(logits: Tensor, draws: Draws) -> Tensor:
     """A token for each row of ``logits`` ``[rows, vocab_size]``, float32; ``[rows]``, int64."""
     rows, vocab_size = logits.shape
     assert rows == len(draws)
     assert logits.is_contiguous()
-    with np.errstate(divide="ignore"):
-        numbers = np.array(
-            [
-                [draw.temperature for draw in draws],
-                [draw.top_p for draw in draws],
-                np.log(np.array([draw.min_p for draw in draws], dtype=np.float64)),
-                np.array([draw.key for draw in draws], dtype=np.int64).view(np.float64),
-                np.array([draw.top_k for draw in draws], dtype=np.int64).view(np.float64),
-            ]
-        )
-    temperatures, top_p, log_min_p, keys, top_k = to_device(numbers, logits.device)
+    temperatures, top_p, log_min_p, keys, top_k = draws.on(logits.device)
     keys, top_k = keys.view(torch.int64), top_k.view(torch.int64)
     least = torch.full_like(temperatures, -torch.inf)
     block = min(_BLOCK, triton.next_power_of_2(vocab_size))
-    if any(draw.temperature and (draw.top_k or draw.top_p < 1 or draw.min_p) for draw in draws):
+    if draws.are_truncated:
         _least_kernel[(rows,)](
             logits, temperatures, top_k, top_p, log_min_p, least, vocab_size,
             block=block, num_warps=16,

@@ -97,7 +97,8 @@ def _before_step(plan: Any) -> None:
 def _has_reached(plan: Any, num_tokens: int) -> bool:
     """Whether a client's sequence begins this step so far; canaries have ids of 64 bits."""
     return any(
-        share.sequence.num_computed_tokens + plan.is_ahead >= num_tokens
+        (share.sequence.num_tokens if plan.is_ahead else share.sequence.num_computed_tokens)
+        >= num_tokens
         and share.sequence.request_id >> 63 == 0
         for share in plan.scheduled
     )

@@ -135,7 +135,8 @@ def test_a_request_that_cannot_be_served_ends_at_once(stage: Stage) -> None:
 
 def test_a_later_attempt_replaces_an_earlier_one_and_not_the_other_way_round(stage: Stage) -> None:
     stage.rows(Assign(request(1), 1))
-    (row,) = stage.rows(Assign(request(1), 3, (8, 9)))
+    assert stage.rows(Assign(request(1), 3, (8, 9))) == [], "a step of the earlier is under way"
+    (row,) = stage.rows()
     assert (row.attempt, row.position) == (3, 2)
     (row,) = stage.rows(Assign(request(1), 2))
     assert (row.attempt, row.position) == (3, 3)
@@ -224,7 +225,8 @@ def test_an_engine_whose_supervisor_stays_away_drops_its_work(stage: Stage) -> N
 
 def test_a_later_attempt_takes_the_place_of_an_earlier_one(stage: Stage) -> None:
     stage.rows(Assign(request(1, max_tokens=20), 1))
-    (row,) = stage.rows(Assign(request(1, max_tokens=20), 2, (5,)))
+    assert stage.rows(Assign(request(1, max_tokens=20), 2, (5,))) == []
+    (row,) = stage.rows()
     assert (row.attempt, row.position) == (2, 1)
     (row,) = stage.rows(Assign(request(1, max_tokens=20), 1))
     assert (row.attempt, row.position) == (2, 2)
@@ -234,7 +236,8 @@ def test_an_attempt_that_was_taken_back_says_nothing_beside_the_one_that_replace
     stage: Stage,
 ) -> None:
     stage.rows(Assign(request(1, max_tokens=20), 1))
-    (row,) = stage.rows(Cancel(1), Assign(request(1, max_tokens=20), 2, (5,)))
+    assert stage.rows(Cancel(1), Assign(request(1, max_tokens=20), 2, (5,))) == []
+    (row,) = stage.rows()
     assert (row.attempt, row.position, row.finish) == (2, 1, 0)
     assert stage.num_sequences == 1
 
@@ -332,5 +335,6 @@ def test_the_deadline_of_an_older_attempt_ends_nothing() -> None:
     stage = Stage(step_s=0.1)
     stage.join(1)
     stage.rows(Assign(request(1, max_tokens=6), 1, deadline_s=0.15))
-    outputs = stage.run(Assign(request(1, max_tokens=6), 2, deadline_s=100.0))
+    assert stage.rows(Assign(request(1, max_tokens=6), 2, deadline_s=100.0)) == []
+    outputs = stage.run()
     assert len(outputs[1]) == 6

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
+from understudy.runtime.model.noise import (
+    gumbel_noise,
+    noise_key,
+    noise_keys,
+    seed_hash,
+    signed,
+)
 
 GOLDEN = [0.9540281564445624, 1.1344904532141464, 1.0887866634826477, -0.6245596320295467]
 MASK = (1 << 64) - 1
@@ -37,6 +44,14 @@ def test_noise_is_the_hash_that_the_module_describes(
 ) -> None:
     noise = noise_of(seed, position, torch.tensor([token_id])).item()
     assert noise == pytest.approx(reference_noise(seed, position, token_id), rel=1e-12)
+
+
+@given(draws=st.lists(st.tuples(U64, st.integers(0, 1 << 40)), min_size=1))
+def test_keys_of_many_draws_are_those_of_each(draws: list[tuple[int, int]]) -> None:
+    hashes = np.array([seed_hash(seed) for seed, _ in draws], dtype=np.uint64)
+    positions = np.array([position for _, position in draws], dtype=np.uint64)
+    expected = [noise_key(seed, position) for seed, position in draws]
+    assert noise_keys(hashes, positions).tolist() == expected
 
 
 @given(seed=U64, position=st.integers(0, 1 << 20), start=st.integers(0, 100))

@@ -54,7 +54,7 @@ class CachingRunner:
             before = drawn[sequence.request_id]
             assert isinstance(before, tuple)
             undecided = (before[-1].token_id,)
-            position = sequence.num_computed_tokens + 1
+            position = sequence.num_tokens
             slot = self.slot(sequence, position)
             self.slots[slot] = self.entry(sequence, position, undecided)
             draws[sequence.request_id] = self.sample(sequence, undecided)[1:]

@@ -215,7 +215,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (num_tokens, draft) == (1, ())
             assert sequence.request_id in taking_part
             num_slots = len(sequence.block_table) * self.config.block_size
-            assert num_slots >= sequence.num_computed_tokens + 2
+            assert num_slots >= sequence.num_tokens + 1
         self.num_ahead += 1
         self.sampled_ahead = self.runner.execute_ahead(self.ahead, self.sampled)
 

@@ -119,8 +119,8 @@ def test_the_check_of_overlapping_steps_holds_without_a_card_as_well() -> None:
 
 
 def test_the_check_of_overlapping_steps_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens_of = _Latest.tokens_of
-    monkeypatch.setattr(_Latest, "tokens_of", lambda *given: tokens_of(*given) ^ 1)
+    tokens = _Latest.tokens
+    monkeypatch.setattr(_Latest, "tokens", lambda *given: tokens(*given) ^ 1)
     assert compare_overlap("here", tiny_model(), count=12).found > 3
 
 

@@ -6,13 +6,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from tests.checkpoints import FAMILIES, write_checkpoint
-from tests.serving import request_of
+from tests.serving import Service, request_of, serve
 from understudy.protocol.request import SamplingParams
-from understudy.runtime.model import operations
+from understudy.runtime.model import operations, sampler
+from understudy.runtime.model import runner as runner_module
 from understudy.runtime.model.exactness import prove_exactness
 from understudy.runtime.model.kernels import decode_graphs
 from understudy.runtime.model.kernels.attention import TritonAttention
@@ -84,11 +86,9 @@ class Settled:
     def wait_stream(self, _: object) -> None: ...
 
 
-@pytest.mark.parametrize("models", ["qwen2"], indirect=True)
-def test_a_padded_decode_step_gives_the_bits_of_an_unpadded_one(
-    models: tuple[Transformer, Transformer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everything of a graph but the recording: its replay computes anew."""
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything of graphs but the recording: a replay computes anew."""
     for name in ("Event", "Stream", "CUDAGraph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Settled)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
@@ -102,6 +102,70 @@ def test_a_padded_decode_step_gives_the_bits_of_an_unpadded_one(
         graph.hidden, graph.logits = graph._compute()
 
     monkeypatch.setattr(decode_graphs._DecodeGraph, "replay", replay)
+
+
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+@pytest.mark.usefixtures("graphs")
+def test_steps_behind_steps_draw_what_steps_in_turn_draw(
+    models: tuple[Transformer, Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With requests that come late, end at other times, and grow out of one graph into another."""
+    model = models[1]
+    requests = [
+        request_of(
+            index,
+            range(3, 5 + 3 * index),
+            SamplingParams(
+                seed=index,
+                max_tokens=(3, 24, 8, 17, 7, 13)[index],
+                temperature=(0.0, 0.9, 1.4)[index % 3],
+                top_k=(0, 5)[index % 2],
+            ),
+        )
+        for index in range(6)
+    ]
+
+    def serve_all(*, overlaps: bool) -> Service:
+        return serve(
+            model,
+            requests,
+            max_num_seqs=4,
+            max_num_batched_tokens=40,
+            num_blocks=16,
+            block_size=BLOCK_SIZE,
+            overlaps=overlaps,
+        )
+
+    in_turn = serve_all(overlaps=False)
+    monkeypatch.setattr(runner_module, "_decode_graphs", decode_graphs.DecodeGraphs)
+    monkeypatch.setattr(sampler, "has_kernels", lambda _: True)
+    monkeypatch.setattr(decode_graphs, "SPLIT_KEYS", BLOCK_SIZE)
+    behind: list[tuple[bool, bool]] = []
+    run_behind = decode_graphs.DecodeGraphs.run_behind
+
+    def noting(
+        graphs: decode_graphs.DecodeGraphs,
+        tables: list[list[int]],
+        kept: decode_graphs.Indices | None,
+        token_ids: Tensor,
+    ) -> decode_graphs.Decoded | None:
+        before = graphs._latest
+        decoded = run_behind(graphs, tables, kept, token_ids)
+        behind.append((kept is None, graphs._latest is before))
+        return decoded
+
+    monkeypatch.setattr(decode_graphs.DecodeGraphs, "run_behind", noting)
+    ahead = serve_all(overlaps=True)
+    assert ahead.served == in_turn.served
+    assert ahead.num_steps_ahead > len(behind) > 12, "and some behind steps of other kinds"
+    assert set(behind) >= {(True, True), (True, False), (False, True), (False, False)}
+
+
+@pytest.mark.parametrize("models", ["qwen2"], indirect=True)
+@pytest.mark.usefixtures("graphs")
+def test_a_padded_decode_step_gives_the_bits_of_an_unpadded_one(
+    models: tuple[Transformer, Transformer],
+) -> None:
     model = models[1]
     lengths = (20, 33, 1)
     runner = ModelRunner(model, num_blocks=12, block_size=BLOCK_SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,24 +10,26 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from understudy.protocol.request import SamplingParams
-from understudy.runtime.model.kernels.sampling import Draw, draw_tokens
-from understudy.runtime.model.noise import noise_key, signed
+from understudy.runtime.model.kernels.sampling import Draw, Draws, draw_tokens
 from understudy.runtime.model.sampler import Sampler, SamplingRow
 
 CPU = torch.device("cpu")
 
 
-def draws_of(rows: list[SamplingRow]) -> list[Draw]:
-    return [
-        Draw(
-            0.0 if row.is_greedy else row.params.temperature,
-            signed(noise_key(row.params.seed, row.position)),
-            row.params.top_k,
-            row.params.top_p,
-            row.params.min_p,
-        )
-        for row in rows
-    ]
+def draws_of(rows: list[SamplingRow]) -> Draws:
+    return Draws.of(
+        [
+            Draw(
+                0.0 if row.is_greedy else row.params.temperature,
+                row.params.seed,
+                row.position,
+                row.params.top_k,
+                row.params.top_p,
+                row.params.min_p,
+            )
+            for row in rows
+        ]
+    )
 
 
 def params_of(index: int) -> SamplingParams:
@@ -76,3 +79,22 @@ def test_a_broken_row_gives_some_token_and_spoils_no_other() -> None:
     found = draw_tokens(logits, draws_of(rows)).tolist()
     assert found[::2] == expected[::2]
     assert 0 <= found[1] < 50
+
+
+def test_draws_behind_others_are_those_of_rows_with_a_token_more() -> None:
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(5)) * 3
+    rows = [SamplingRow(params_of(index), [1, 2, 3], 1) for index in range(8)]
+    longer = [SamplingRow(params_of(index), [1, 2, 3, 4], 1) for index in range(8)]
+    behind = draws_of(rows).next(None)
+    assert draw_tokens(logits, behind).tolist() == draw_tokens(logits, draws_of(longer)).tolist()
+    kept = [1, 3, 6]
+    some = draws_of(rows).next(np.array(kept))
+    expected = draw_tokens(logits[kept], draws_of([longer[index] for index in kept]))
+    assert draw_tokens(logits[kept], some).tolist() == expected.tolist()
+
+
+def test_only_rows_that_draw_among_some_tokens_are_truncated() -> None:
+    plain = draws_of([SamplingRow(params_of(index), [1], 1) for index in range(2)])
+    assert not plain.are_truncated
+    for index in range(2, 8):
+        assert draws_of([SamplingRow(params_of(index), [1], 1)]).are_truncated
