@@ -18,19 +18,21 @@ def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
     """Bytes that this process can still allocate without swapping or being killed.
 
     The least of the kernel's estimate for the machine and what every control group (version 2)
-    above this process has left. Page cache that can be dropped counts as left.
+    above this process has left. Page cache that can be dropped counts as left, but for files that
+    this process has mapped: weights that were dropped would be read from the disk in every step.
     """
+    mapped = 1024 * (_named_number(proc / "self" / "status", "RssFile:") or 0)
     meminfo = proc / "meminfo"
     available = _named_number(meminfo, "MemAvailable:")
     if available is None:
         raise ConfigurationError(f"{meminfo}: no MemAvailable; set --kv-cache-memory")
-    left = [available * 1024]
+    left = [max(0, available * 1024 - mapped)]
     for group in _own_groups(proc, cgroups):
         limit = _text(group / "memory.max").strip()
         current = _text(group / "memory.current").strip()
         if limit.isdecimal() and current.isdecimal():
             droppable = _named_number(group / "memory.stat", "inactive_file") or 0
-            left.append(max(0, int(limit) - int(current) + droppable))
+            left.append(max(0, int(limit) - int(current) + max(0, droppable - mapped)))
     return min(left)
 
 

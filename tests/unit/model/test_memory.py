@@ -48,6 +48,16 @@ def test_the_tightest_group_above_counts(tmp_path: Path) -> None:
     assert available_memory(proc, cgroups) == 0
 
 
+def test_what_this_process_has_mapped_is_not_there_to_be_taken(tmp_path: Path) -> None:
+    proc, cgroups = write_machine(tmp_path, group="/")
+    (proc / "self" / "status").write_text("VmRSS:\t9000 kB\nRssFile:\t     30 kB\n")
+    assert available_memory(proc, cgroups) == 19970 * 1024
+    write_group(cgroups, limit="1000000", current=700_000, inactive=50_000)
+    assert available_memory(proc, cgroups) == 300_000 + 50_000 - 30 * 1024
+    write_group(cgroups, limit="1000000", current=700_000, inactive=9_000)
+    assert available_memory(proc, cgroups) == 300_000, "of these, nothing could be dropped"
+
+
 def test_this_machine_has_memory() -> None:
     assert available_memory() > 1 << 20
 
