@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.cache import remove_unused
@@ -18,8 +18,11 @@ from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.encoder_config import EncoderConfig, read_config
 from understudy.runtime.model.torch_import import postponing
 from understudy.runtime.processor import cores_of
-from understudy.runtime.scheduling.decision import Runner
+from understudy.runtime.scheduling.decision import OutOfMemory, Runner
 from understudy.runtime.scheduling.speculation import Speculator
+
+if TYPE_CHECKING:
+    from understudy.runtime.model.transformer import Transformer
 
 HOST_MEMORY_SHARE: Final = 0.5
 """Of the memory that is available, what all engines of a machine together give to KV caches."""
@@ -164,6 +167,7 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
         kv_cache_memory=config.kv_cache_memory,
         memory_share=HOST_MEMORY_SHARE / config.data_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        step_bytes=_step_bytes(config, model),
     )
     if size.warning is not None:
         # A sequence that outgrew the cache would end early, by an accident of this engine's
@@ -191,6 +195,26 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     )
     speculator = load_speculator(config, model, runner, grammars, clock, numerics=numerics)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
+
+
+def _step_bytes(config: EngineConfig, model: Transformer) -> int:
+    """Of a GPU's memory, what has to be left for steps, if nobody has said what is for keys."""
+    if model.device.type != "cuda" or config.kv_cache_memory is not None:
+        return 0
+    from understudy.runtime.model.step_profile import largest_step_bytes
+
+    try:
+        return largest_step_bytes(
+            model,
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+        )
+    except OutOfMemory as error:
+        raise ConfigurationError(
+            f"a step of {config.max_num_batched_tokens} tokens does not fit the GPU's memory beside"
+            " the weights: lower --max-num-batched-tokens or --max-num-seqs"
+        ) from error
 
 
 def _report_loaded(

@@ -148,6 +148,7 @@ def blocks_that_fit(
     kv_cache_memory: int | None = None,
     memory_share: float = 0.5,
     gpu_memory_utilization: float = 0.9,
+    step_bytes: int = 0,
 ) -> KVCacheSize:
     """Size the KV cache from a budget, or from the memory that is there.
 
@@ -164,6 +165,7 @@ def blocks_that_fit(
         kv_cache_memory: Budget in bytes; ``None`` measures the memory.
         memory_share: On a CPU, the share of the available memory to take.
         gpu_memory_utilization: On a GPU, the share of the whole memory that engine may use.
+        step_bytes: Of a GPU's memory, what a step takes besides.
 
     Raises:
         ConfigurationError: Not even one block fits.
@@ -174,9 +176,10 @@ def blocks_that_fit(
     elif device.type == "cuda":
         torch.cuda.empty_cache()  # what making the weights has left behind is free, too
         free, total = torch.cuda.mem_get_info(device)
-        budget = int(total * gpu_memory_utilization) - (total - free)
+        budget = int(total * gpu_memory_utilization) - (total - free) - step_bytes
         source = (
             f"{gpu_memory_utilization:g} of {total // _MIB} MiB of GPU memory, less what is used"
+            f" and {step_bytes // _MIB} MiB for a step"
         )
         setting = "raise --gpu-memory-utilization"
     else:

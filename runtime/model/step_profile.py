@@ -1,7 +1,8 @@
 """What a step costs by its number of tokens, measured at start on the loaded model.
 
-Steps of one and of several sequences, as speculation makes them, on a context of some length. The
-best of a few tries is taken: whatever else the machine did meanwhile is no property of the model.
+Time: steps of one and of several sequences, as speculation makes them, on a context of some length.
+The best of a few tries is taken: whatever else the machine did meanwhile is no property of the
+model. Memory: of a GPU, what the largest step takes, which cannot be given to keys and values.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
 
+import torch
+
 from understudy.protocol.request import Request, SamplingParams
 from understudy.runtime.kit.clock import Clock
 from understudy.runtime.model.runner import ModelRunner
+from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence
 from understudy.runtime.scheduling.speculation import CostTable
@@ -62,6 +66,28 @@ def profile_drafts(runner: ModelRunner, clock: Clock) -> tuple[CostTable, CostTa
     return first, CostTable(more), reading
 
 
+def largest_step_bytes(
+    model: Transformer, *, block_size: int, max_num_batched_tokens: int, max_num_seqs: int
+) -> int:
+    """What a step takes of a GPU's memory beside weights and KV cache, at most: by computing it.
+
+    As many sequences as there may be share all tokens that there may be, and each draws.
+    """
+    count = min(max_num_seqs, max_num_batched_tokens)
+    tokens_each = min(max_num_batched_tokens // count, model.config.max_model_len)
+    blocks_each = -(-tokens_each // block_size)
+    runner = ModelRunner(model, num_blocks=count * blocks_each, block_size=block_size)
+    shares = [
+        ScheduledSequence(_sequence(number, blocks_each, tokens_each), tokens_each)
+        for number in range(count)
+    ]
+    torch.cuda.synchronize(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    runner.execute(StepPlan(0, tuple(shares)))
+    return torch.cuda.max_memory_allocated(model.device) - before
+
+
 def _profile_reading(runner: ModelRunner, clock: Clock) -> CostTable:
     """What a token costs that is read together with others."""
     num_blocks = -(-_CONTEXT_TOKENS // runner.cache.block_size)
@@ -109,10 +135,10 @@ def _plan(shape: _Shape, blocks_each: int) -> StepPlan:
     return StepPlan(0, tuple(scheduled))
 
 
-def _sequence(number: int, num_blocks: int) -> Sequence:
+def _sequence(number: int, num_blocks: int, num_tokens: int = _CONTEXT_TOKENS) -> Sequence:
     """One that has its blocks, of which nobody else has any."""
     params = SamplingParams(seed=number, max_tokens=64, temperature=0.0)
-    request = Request(number, number, tuple(range(_CONTEXT_TOKENS)), params)
+    request = Request(number, number, (1,) * num_tokens, params)
     sequence = Sequence(request, attempt=1)
     sequence.block_table = list(range(number * num_blocks, (number + 1) * num_blocks))
     return sequence

@@ -100,6 +100,26 @@ def test_without_a_budget_a_share_of_what_is_available_is_taken(
     assert "0.5 of" in chosen.reason
 
 
+def test_on_a_gpu_a_step_keeps_what_it_takes(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, total = 60 * BLOCK_BYTES, 100 * BLOCK_BYTES
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, total))
+    chosen = blocks_that_fit(
+        config,
+        block_size=16,
+        dtype=torch.float32,
+        device=torch.device("cuda"),
+        max_model_len=160,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.75,
+        step_bytes=5 * BLOCK_BYTES,
+    )
+    assert chosen.num_blocks == 75 - 40 - 5
+    assert "0.75 of" in chosen.reason
+
+
 def test_a_cache_that_cannot_be_allocated_is_one_line(config: ModelConfig) -> None:
     with pytest.raises(ConfigurationError, match="out of memory: the KV cache needs"):
         KVCache(config, num_blocks=1 << 44, block_size=16, dtype=torch.float32, device=CPU)
