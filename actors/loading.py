@@ -22,6 +22,7 @@ from understudy.runtime.scheduling.decision import OutOfMemory, Runner
 from understudy.runtime.scheduling.speculation import Speculator
 
 if TYPE_CHECKING:
+    from understudy.runtime.model.runner import ModelRunner
     from understudy.runtime.model.transformer import Transformer
 
 HOST_MEMORY_SHARE: Final = 0.5
@@ -193,6 +194,7 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     runner = ModelRunner(
         model, num_blocks=size.num_blocks, block_size=config.block_size, grammar_masks=masks
     )
+    _warm_up(config, runner)
     speculator = load_speculator(config, model, runner, grammars, clock, numerics=numerics)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
 
@@ -214,6 +216,16 @@ def _step_bytes(config: EngineConfig, model: Transformer) -> int:
         raise ConfigurationError(
             f"a step of {config.max_num_batched_tokens} tokens does not fit the GPU's memory beside"
             " the weights: lower --max-num-batched-tokens or --max-num-seqs"
+        ) from error
+
+
+def _warm_up(config: EngineConfig, runner: ModelRunner) -> None:
+    try:
+        runner.warm_up(config.max_num_seqs)
+    except OutOfMemory as error:
+        raise ConfigurationError(
+            f"graphs of {config.max_num_seqs} sequences do not fit the GPU's memory beside weights"
+            " and KV cache: lower --gpu-memory-utilization or --max-num-seqs"
         ) from error
 
 

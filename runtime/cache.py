@@ -45,8 +45,9 @@ def is_ours(path: Path) -> bool:
 
 
 def note_use(path: Path) -> None:
-    """Say that a file was of use today, so that it stays."""
-    os.utime(path)
+    """Say that a file was of use today, so that it stays; a file of root's has its own time."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def remove_unused() -> None:

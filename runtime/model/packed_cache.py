@@ -77,16 +77,19 @@ class PackedCache:
         return cls(library, folder / f"weights-{digest}.safetensors")
 
     def get(self, name: str, outputs: int, inputs: int) -> Packed | None:
-        """A weight that an earlier start kept; None if it did not.
-
-        Raises:
-            ConfigurationError: the file was cut off while it was read.
-        """
-        panels, start, scales = (self._tensor(f"{name}.{part}") for part in _PARTS)
+        """A weight that an earlier start kept; None if it did not, or it cannot be read."""
+        try:
+            panels, start, scales = (self._tensor(f"{name}.{part}") for part in _PARTS)
+        except ConfigurationError as error:
+            get_logger().warning(f"packed weights are made again: {error}")
+            if self._path is not None:
+                _remove(self._path)
+            return None
         if panels is None:
             return None
         if self._copies:
             panels = on_large_pages(self._library, panels.shape, panels.dtype).copy_(panels)
+            start, scales = (None if each is None else each.clone() for each in (start, scales))
         packed = Packed(outputs, inputs, panels, start, scales)
         return packed if packed.is_sound else None
 
@@ -107,7 +110,7 @@ class PackedCache:
             return None
         if self._stored:
             # It lacks something, or held what cannot be: the next start makes it anew.
-            path.unlink(missing_ok=True)
+            _remove(path)
             return None
         # A process that ends in the middle of it leaves a piece, which a later one removes.
         writer = threading.Thread(
@@ -146,9 +149,14 @@ def _stored(path: Path | None) -> Mapping[str, StoredTensor]:
                 return stored
     except (OSError, ConfigurationError) as error:
         get_logger().warning(f"packed weights are made again: {error}")
+    _remove(path)
+    return {}
+
+
+def _remove(path: Path) -> None:
+    """Have the next start make it anew, where that may be written."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
-    return {}
 
 
 def _fingerprints(directory: Path) -> Iterator[str]:
@@ -194,7 +202,8 @@ def _write(path: Path, weights: Mapping[str, Packed], num_bytes: int) -> None:
 def _remove_pieces(folder: Path) -> None:
     """Remove what was never finished, but for what somebody is still writing."""
     for piece in folder.glob("weights-*.new"):
-        with suppress(FileNotFoundError), _held(piece, os.O_RDWR) as file:
+        # A file system may have no locks, or nothing on it may be written.
+        with suppress(OSError), _held(piece, os.O_RDWR) as file:
             if file is not None:
                 piece.unlink()
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from understudy.protocol.request import SamplingParams
 from understudy.runtime.grammar_masks import GrammarMasks, Masks
 from understudy.runtime.model.attention import Span
 from understudy.runtime.model.kv_cache import KVCache
@@ -48,6 +49,9 @@ from understudy.runtime.token_masks import Allowed, allowed_tokens
 
 if TYPE_CHECKING:
     from understudy.runtime.model.kernels.decode_graphs import Decoded, DecodeGraphs
+
+
+_SHORT_OF_MEMORY: Final = ("can't allocate memory", "out of memory")
 
 
 class _Computed(NamedTuple):
@@ -220,6 +224,20 @@ class ModelRunner:
         """Whether the device goes on by itself once a step is launched."""
         return self._graphs is not None
 
+    def warm_up(self, max_num_seqs: int) -> None:
+        """Have a device make ready what decoding needs, while nobody waits for it yet.
+
+        Kernels are compiled and graphs recorded, which takes seconds, and a step that takes so long
+        looks as if it hung.
+        """
+        if self._graphs is None:
+            return
+        with telling_out_of_memory(), torch.inference_mode():
+            self._graphs.record(max_num_seqs)
+            params = (SamplingParams(0, 1), SamplingParams(0, 1, top_p=0.5))
+            logits = torch.zeros(len(params), self._model.vocab_size, device=self._model.device)
+            self._sampler.sample(logits, [SamplingRow(each, (0,), 1) for each in params])
+
     def execute(self, plan: StepPlan) -> Draws:
         """Compute the plan's tokens; the draws of each sequence that ``samples``."""
         return self.launch(plan).collect()
@@ -387,8 +405,8 @@ def telling_out_of_memory() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(str(error)) from error
     except RuntimeError as error:
-        # The CPU's allocator has no exception class of its own.
-        if "can't allocate memory" in str(error):
+        # The CPU's allocator has no exception class of its own, nor has what CUDA itself allocates.
+        if any(words in str(error) for words in _SHORT_OF_MEMORY):
             raise OutOfMemory(str(error)) from error
         raise
 

@@ -13,7 +13,8 @@ Most steps come behind another one of the same sequences. Such a step is made of
 move on by one, and a block is added where one begins; nothing is done sequence by sequence, which
 at 256 of them would take longer than a small model's step.
 
-Graphs are recorded when they are first needed, and each takes a fraction of a second then.
+Graphs of short contexts are recorded before the first step, the others when they are first needed;
+each takes a fraction of a second then.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
         self._latest: _DecodeGraph | None = None
         self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def record(self, num_sequences: int) -> None:
+        """Record the graphs of short contexts, up to so many sequences."""
+        most = next((size for size in _BATCH_SIZES if size >= num_sequences), _BATCH_SIZES[-1])
+        for size in reversed(_BATCH_SIZES):  # the smaller ones find memory that the largest took
+            if size <= most:
+                self._graph(size, 1)
 
     def run(self, spans: Sequence[Span], token_ids: Sequence[int] | Tensor) -> Decoded | None:
         """Compute a step in which each sequence has one token; None if it is too large.

@@ -34,6 +34,13 @@ _WIDE_TILE: Final = 64 * 128 * 2
 """From so many bytes of queries on, a tile's sums would not fit in the registers of four warps."""
 _LOG2_E: Final = 1.4426950408889634
 _JOINED_ROWS: Final = 4
+_PARTS_OF_A_PLAN: Final = (
+    "tile_sequences",
+    "tile_first_rows",
+    "starts",
+    "num_tokens_of",
+    "positions",
+)
 _DIMS_MIN: Final = 16
 """The least that a matrix instruction multiplies."""
 
@@ -239,8 +246,12 @@ def _attend_to_split(
     return peak, total, joined
 
 
-# Steps differ in these; none is worth a program of its own, compiled while requests wait.
-@triton.jit(do_not_specialize=["table_stride", "zero_slot", "num_splits"])
+# Steps differ in these, and parts of one tensor in where they begin; none is worth a program of its
+# own, compiled while requests wait.
+@triton.jit(
+    do_not_specialize=["table_stride", "zero_slot", "num_splits"],
+    do_not_specialize_on_alignment=[*_PARTS_OF_A_PLAN, "block_tables"],
+)
 def _attend_kernel(
     query, keys, values, key_scales, value_scales, output,
     split_values, split_peaks, split_sums,
@@ -308,7 +319,7 @@ def _attend_kernel(
         tl.store(output + places[:, None] * head_dim + column[None, :], attended, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=_PARTS_OF_A_PLAN)
 def _join_kernel(
     output,
     split_values,

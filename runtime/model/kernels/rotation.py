@@ -71,7 +71,7 @@ def rotate_and_store(
     return query
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots"])
 def _rotate_kernel(
     heads,
     qk_norm,

@@ -71,8 +71,9 @@ class Draws:
             numbers[2] = np.log(np.array([draw.min_p for draw in draws]))
         numbers[4] = np.array([draw.top_k for draw in draws], dtype=np.int64).view(np.float64)
         seed_hashes = np.array([seed_hash(draw.seed) for draw in draws], dtype=np.uint64)
-        positions = np.array([draw.position for draw in draws], dtype=np.uint64)
-        return cls(numbers, seed_hashes, positions)
+        # Those of a prompt that is echoed are negative, and wrap around.
+        positions = np.array([draw.position for draw in draws], dtype=np.int64)
+        return cls(numbers, seed_hashes, positions.view(np.uint64))
 
     def next(self, kept: npt.NDArray[np.int64] | None) -> "Draws":
         """Of the same rows, or of some of them, what is drawn behind this."""
@@ -159,7 +160,9 @@ def _threshold(
     return low
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["temperatures", "top_ks", "top_ps", "log_min_ps", "leasts"]
+)
 def _least_kernel(
     logits, temperatures, top_ks, top_ps, log_min_ps, leasts, vocab_size, block: tl.constexpr
 ):
@@ -217,7 +220,7 @@ def _gumbel_noise(key, tokens):
     return -tl.log(-tl.log(uniform))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperatures", "keys", "leasts"])
 def _draw_kernel(
     logits, temperatures, keys, leasts, bests, tokens, vocab_size, num_chunks, block: tl.constexpr
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -16,6 +17,7 @@ from torch import Tensor
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.serving import request_of, serve
 from tests.unit.model.native.kernels import needs_native
+from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import SamplingParams
 from understudy.runtime.model import loader, packed_cache
 from understudy.runtime.model.loader import load_model
@@ -187,6 +189,42 @@ def test_what_another_engine_is_writing_is_left_to_it(shelf: Shelf) -> None:
         assert shelf.files == [made]
         made.rename(path)
     assert path.read_bytes() == data
+
+
+def test_a_file_system_without_locks_costs_the_keeping_and_no_start(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert texts(shelf.load()) == texts(shelf.load())
+
+
+def test_pieces_that_cannot_be_opened_stop_nobody(shelf: Shelf) -> None:
+    (shelf.folder / "weights-0.new").symlink_to(shelf.folder / "elsewhere")
+    shelf.load()
+    assert (shelf.folder / "weights-0.new").is_symlink()
+
+
+def test_a_file_that_cannot_be_read_is_made_again(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = texts(shelf.load())
+    (path,) = shelf.files
+    fetch = MappedFile.fetch
+
+    def fail_late(file: MappedFile, start: int, num_bytes: int) -> None:
+        if start:
+            raise ConfigurationError(f"{path}: Bad address")
+        fetch(file, start, num_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MappedFile, "fetch", fail_late)
+        assert texts(shelf.load()) == first
+    assert shelf.files == []
+    assert texts(shelf.load()) == first
+    assert shelf.files == [path]
 
 
 def test_a_full_disk_is_left_alone(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,21 @@ def test_steps_behind_steps_draw_what_steps_in_turn_draw(
     assert set(behind) >= {(True, True), (True, False), (False, True), (False, False)}
 
 
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+@pytest.mark.usefixtures("graphs")
+def test_warming_up_records_what_so_many_sequences_need(
+    models: tuple[Transformer, Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_decode_graphs", decode_graphs.DecodeGraphs)
+    monkeypatch.setattr(sampler, "has_kernels", lambda _: True)
+    runner = ModelRunner(models[1], num_blocks=8, block_size=BLOCK_SIZE)
+    before = runner.cache.layers[0].keys.clone()
+    runner.warm_up(3)
+    assert runner._graphs is not None
+    assert [size for size, _ in runner._graphs._graphs] == [4, 2, 1]
+    assert torch.equal(runner.cache.layers[0].keys, before), "nobody's keys"
+
+
 @pytest.mark.parametrize("models", ["qwen2"], indirect=True)
 @pytest.mark.usefixtures("graphs")
 def test_a_padded_decode_step_gives_the_bits_of_an_unpadded_one(

@@ -98,3 +98,10 @@ def test_only_rows_that_draw_among_some_tokens_are_truncated() -> None:
     assert not plain.are_truncated
     for index in range(2, 8):
         assert draws_of([SamplingRow(params_of(index), [1], 1)]).are_truncated
+
+
+def test_draws_within_an_echoed_prompt_have_positions_below_zero() -> None:
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(6))
+    rows = [SamplingRow(params_of(1), [1, 2, 3], 3 + num_echoed) for num_echoed in (4, 0)]
+    expected = [each.token_id for each in Sampler(300, CPU).sample(logits.clone(), rows)]
+    assert draw_tokens(logits, draws_of(rows)).tolist() == expected
