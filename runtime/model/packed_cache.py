@@ -47,8 +47,8 @@ _PARTS: Final = ("panels", "start", "scales")
 """In this order, all weights' panels first: each is some cache lines long, and so begins one."""
 _LINE_BYTES: Final = 64
 _LARGE_PAGE_BYTES: Final = 2 << 20
-_LOOKED_AT_BYTES: Final = 32 << 20
-"""Of a file, to see whether it is mapped in large pages."""
+_LOOKED_AT_BYTES: Final = 256 << 20
+"""Of a file, to see whether it is mapped in large pages; a part of it may have been read again."""
 
 
 class PackedCache:
