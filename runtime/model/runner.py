@@ -18,13 +18,12 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from understudy.protocol.request import SamplingParams
 from understudy.runtime.grammar_masks import GrammarMasks, Masks
-from understudy.runtime.model.attention import Span
+from understudy.runtime.model.attention import Indices, Span
 from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.noise import noise_key, signed
 from understudy.runtime.model.operations import has_kernels
@@ -108,7 +107,7 @@ class _Latest(NamedTuple):
     is_by_graph: bool
     """Whether it was a step of single tokens, each of which draws, computed by a graph."""
 
-    def kept(self, plan: StepPlan) -> npt.NDArray[np.int64] | None:
+    def kept(self, plan: StepPlan) -> Indices | None:
         """Which of them, in order, a plan's sequences are; ``None`` if they are all of them."""
         wanted = [share.sequence.request_id for share in plan.scheduled]
         drawn = [share.sequence.request_id for share in self.shares]
@@ -117,7 +116,7 @@ class _Latest(NamedTuple):
         places = {request_id: place for place, request_id in enumerate(drawn)}
         return np.array([places[request_id] for request_id in wanted])
 
-    def tokens(self, kept: npt.NDArray[np.int64] | None, device: torch.device) -> Tensor:
+    def tokens(self, kept: Indices | None, device: torch.device) -> Tensor:
         """Those of their tokens, on the device; nobody may know them yet."""
         tokens = self.drawing.token_ids
         if not isinstance(tokens, Tensor):

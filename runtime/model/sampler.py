@@ -18,12 +18,12 @@ from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch program uses
 from torch import Tensor
 
 from understudy.protocol.request import SamplingParams, TokenLogprobs
+from understudy.runtime.model.attention import Indices
 from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.native.sampling import Draw, likeliest, may_win
 from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
@@ -181,9 +181,7 @@ class Sampler:
         can_go_on = raw is None and not any(row.is_adjusted for row in rows)
         return Drawing(rows, token_ids, is_finite, raw, draws=draws if can_go_on else None)
 
-    def draw_behind(
-        self, logits: Tensor, draws: Draws, kept: npt.NDArray[np.int64] | None
-    ) -> Drawing:
+    def draw_behind(self, logits: Tensor, draws: Draws, kept: Indices | None) -> Drawing:
         """As ``draw``, behind tokens drawn so: of the same rows, or of ``kept`` ones of them."""
         from understudy.runtime.model.kernels.sampling import draw_tokens
 

@@ -20,20 +20,18 @@ each takes a fraction of a second then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from understudy.runtime.model.attention import Span
+from understudy.runtime.model.attention import Indices, Span
 from understudy.runtime.model.kernels.attention import TritonAttention
 from understudy.runtime.model.kernels.paged_attention import SPLIT_KEYS
 from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.transformer import Batch, Transformer
-
-Indices: TypeAlias = npt.NDArray[np.int64]
 
 _BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _WARM_UPS: Final = 2

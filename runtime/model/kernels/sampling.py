@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from understudy.runtime.model.attention import Indices
 from understudy.runtime.model.noise import Keys, noise_keys, seed_hash
 from understudy.runtime.model.transfer import to_device
 
@@ -75,7 +76,7 @@ class Draws:
         positions = np.array([draw.position for draw in draws], dtype=np.int64)
         return cls(numbers, seed_hashes, positions.view(np.uint64))
 
-    def next(self, kept: npt.NDArray[np.int64] | None) -> "Draws":
+    def next(self, kept: Indices | None) -> "Draws":
         """Of the same rows, or of some of them, what is drawn behind this."""
         rows = slice(None) if kept is None else kept
         positions = self._positions[rows] + np.uint64(1)

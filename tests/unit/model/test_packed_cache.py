@@ -207,15 +207,16 @@ def test_pieces_that_cannot_be_opened_stop_nobody(shelf: Shelf) -> None:
     assert (shelf.folder / "weights-0.new").is_symlink()
 
 
+@pytest.mark.parametrize("first_bad_byte", [0, 1])
 def test_a_file_that_cannot_be_read_is_made_again(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, first_bad_byte: int
 ) -> None:
     first = texts(shelf.load())
     (path,) = shelf.files
     fetch = MappedFile.fetch
 
     def fail_late(file: MappedFile, start: int, num_bytes: int) -> None:
-        if start:
+        if start >= first_bad_byte:
             raise ConfigurationError(f"{path}: Bad address")
         fetch(file, start, num_bytes)
 

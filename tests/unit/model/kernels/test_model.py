@@ -15,6 +15,7 @@ from tests.serving import Service, request_of, serve
 from understudy.protocol.request import SamplingParams
 from understudy.runtime.model import operations, sampler
 from understudy.runtime.model import runner as runner_module
+from understudy.runtime.model.attention import Indices
 from understudy.runtime.model.exactness import prove_exactness
 from understudy.runtime.model.kernels import decode_graphs
 from understudy.runtime.model.kernels.attention import TritonAttention
@@ -146,7 +147,7 @@ def test_steps_behind_steps_draw_what_steps_in_turn_draw(
     def noting(
         graphs: decode_graphs.DecodeGraphs,
         tables: list[list[int]],
-        kept: decode_graphs.Indices | None,
+        kept: Indices | None,
         token_ids: Tensor,
     ) -> decode_graphs.Decoded | None:
         before = graphs._latest
