@@ -33,6 +33,7 @@ from understudy.runtime.model.runner import ModelRunner
 from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.scheduling.decision import ScheduledSequence, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence
+from understudy.tools.bench.limits import num_weights
 from understudy.tools.gpu.check import EXIT_NO_CARD, EXIT_OK
 from understudy.tools.gpu.serving import serve
 from understudy.tools.gpu.shapes import (
@@ -40,7 +41,6 @@ from understudy.tools.gpu.shapes import (
     QWEN_2_5_05B,
     QWEN_2_5_7B,
     QWEN_3_06B,
-    layer_parameters,
     random_model,
 )
 
@@ -193,7 +193,7 @@ def _floor_ms(
     config: ModelConfig, card: Card, form: Form, *, tokens: int, sampled: int, context: int
 ) -> float:
     """What a step must take: each of ``sampled`` sequences reads ``context`` keys and values."""
-    layers, head = layer_parameters(config), config.vocab_size * config.hidden_size
+    layers, head = num_weights(config)
     weight_bytes = (layers + head) * form.weight_bytes
     # Products of 8 bits have twice the rate.
     operations = (layers * tokens + head * sampled) * form.weight_bytes

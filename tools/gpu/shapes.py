@@ -129,10 +129,3 @@ def random_model(
     lm_head = made(head, None, "none" if quantization == "none" else "int8")
     weights = ModelWeights(embedding, layers, 1 + random(hidden), lm_head)
     return Transformer(config, weights, numerics=numerics, kv_dtype=kv_dtype)
-
-
-def layer_parameters(config: ModelConfig) -> int:
-    """Numbers in the matrices of all layers."""
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    each = config.hidden_size * (heads + 3 * config.intermediate_size)
-    return config.num_layers * each
