@@ -16,6 +16,7 @@ from understudy.runtime.kit.clock import Clock
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.config import ModelConfig
 from understudy.runtime.model.encoder_config import EncoderConfig, read_config
+from understudy.runtime.model.packed_path import fetch_early
 from understudy.runtime.model.torch_import import postponing
 from understudy.runtime.processor import cores_of
 from understudy.runtime.scheduling.decision import OutOfMemory, Runner
@@ -133,6 +134,8 @@ def _load_encoder(config: EngineConfig, max_model_len: int) -> Loaded:
 
 
 def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loaded:
+    if config.device != "cuda":
+        fetch_early(config.model, config.quantization)
     with postponing():  # here and not above: an engine without a model needs no torch
         import torch
 

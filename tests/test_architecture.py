@@ -25,6 +25,7 @@ TORCH_FREE: Final = (
     "understudy.runtime.grammar_masks",
     "understudy.runtime.kit.client",
     "understudy.runtime.model.config",
+    "understudy.runtime.model.packed_path",
     "understudy.runtime.served_model",
     "understudy.tools.actor",
     "understudy.tools.cli",

@@ -100,7 +100,7 @@ def load_model(
     _check_memory(directory, needed, device)
     making = _Making(dtype, device, quantization, config.quantization, has_fp8)
     library = native_library(device, dtype)
-    packed = None if library is None else PackedCache.of(directory, making.form, library)
+    packed = None if library is None else PackedCache.of(directory, quantization, library)
     reader = _Reader(directory, checkpoint, making, _Meter(bytes_total, progress), packed)
     try:
         with torch.inference_mode():
@@ -150,11 +150,6 @@ class _Making(NamedTuple):
     quantization: Quantization
     stored: CheckpointQuantization | None
     keeps_fp8: bool
-
-    @property
-    def form(self) -> str:
-        """What the weights become, but for what the checkpoint says of itself."""
-        return f"{self.dtype} {self.quantization}"
 
 
 class _Reader:

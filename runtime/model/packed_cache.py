@@ -11,7 +11,6 @@ changed: who has mapped it keeps it.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from understudy.protocol.errors import ConfigurationError
-from understudy.runtime.cache import cache_directory, is_ours, note_use
+from understudy.runtime.cache import is_ours, note_use
 from understudy.runtime.log import get_logger
 from understudy.runtime.model.checkpoint import StoredTensor, read_header
 from understudy.runtime.model.mapped_file import MappedFile
-from understudy.runtime.model.model_digest import model_digest
 from understudy.runtime.model.native.library import Library
 from understudy.runtime.model.native.linear import NativeLinear, Packed, on_large_pages
+from understudy.runtime.model.packed_path import packed_path
+from understudy.runtime.model.quantization_config import Quantization
 
 _BYTES_MIN: Final = 64 << 20
 """Less is laid out again in no time."""
@@ -60,21 +61,18 @@ class PackedCache:
         self._path = path
         self._stored: Mapping[str, StoredTensor] = _stored(path)
         self._file = MappedFile(path) if path is not None and self._stored else None
-        self._copies = self._file is not None and not _is_on_large_pages(self._file)
         self._new: dict[str, Packed] = {}
 
     @classmethod
-    def of(cls, directory: Path, form: str, library: Library) -> PackedCache:
-        """What is kept of a model directory; ``form`` names what its weights become."""
+    def of(cls, directory: Path, quantization: Quantization, library: Library) -> PackedCache:
+        """What is kept of a model directory whose weights become so."""
         try:
-            folder = cache_directory()
+            path = packed_path(directory, quantization)
         except OSError as error:
             get_logger().warning(f"packed weights cannot be kept: {error}")
             return cls(library, None)
-        _remove_pieces(folder)
-        name = "\0".join((*_fingerprints(directory), form, library.version))
-        digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-        return cls(library, folder / f"weights-{digest}.safetensors")
+        _remove_pieces(path.parent)
+        return cls(library, path)
 
     def get(self, name: str, outputs: int, inputs: int) -> Packed | None:
         """A weight that an earlier start kept; None if it did not, or it cannot be read."""
@@ -87,7 +85,7 @@ class PackedCache:
             return None
         if panels is None:
             return None
-        if self._copies:
+        if panels.dtype == torch.int8 and not self._is_on_large_pages:
             panels = on_large_pages(self._library, panels.shape, panels.dtype).copy_(panels)
             start, scales = (None if each is None else each.clone() for each in (start, scales))
         packed = Packed(outputs, inputs, panels, start, scales)
@@ -127,13 +125,17 @@ class PackedCache:
         count = math.prod(stored.shape)
         return self._file.tensor(stored.dtype, count, stored.start).view(stored.shape)
 
+    @cached_property
+    def _is_on_large_pages(self) -> bool:
+        """Whether the system keeps the file so that integer products need no copy, else 7 % slower.
 
-def _is_on_large_pages(file: MappedFile) -> bool:
-    """Whether the system keeps a file so that the kernels need no copy; else 7 % are lost."""
-    num_bytes = min(file.num_bytes, _LOOKED_AT_BYTES)
-    with suppress(ConfigurationError):  # whose weight it is that cannot be read hears of it
-        file.fetch(0, num_bytes)
-    return file.large_page_bytes > num_bytes // 2
+        Products in floating point are no slower either way.
+        """
+        assert self._file is not None
+        num_bytes = min(self._file.num_bytes, _LOOKED_AT_BYTES)
+        with suppress(ConfigurationError):  # whose weight it is that cannot be read hears of it
+            self._file.fetch(0, num_bytes)
+        return self._file.large_page_bytes > num_bytes // 2
 
 
 def _stored(path: Path | None) -> Mapping[str, StoredTensor]:
@@ -158,14 +160,6 @@ def _remove(path: Path) -> None:
     """Have the next start make it anew, where that may be written."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
-
-
-def _fingerprints(directory: Path) -> Iterator[str]:
-    """What tells one checkpoint from another, and from itself after an edit in place."""
-    yield model_digest(directory)
-    for path in sorted(directory.glob("*.safetensors")):
-        status = path.stat()
-        yield f"{path.name} {status.st_size} {status.st_mtime_ns}"
 
 
 def _named(weights: Mapping[str, Packed]) -> Iterator[tuple[str, Tensor]]:

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -26,21 +24,17 @@ import torch
 
 from understudy.runtime.cache import cache_directory, is_ours, note_use
 from understudy.runtime.log import get_logger
+from understudy.runtime.model.native.sources import (
+    KERNEL_FLAGS,
+    KERNEL_SOURCES,
+    kernels_digest,
+    kernels_version,
+)
 from understudy.runtime.model.native.structures import FLOAT, LONG, POINTER
 from understudy.runtime.processor import processor_features
 
-_SOURCES: Final = (
-    *("memory.cpp", "products.cpp", "packing.cpp", "layer.cpp"),
-    *("attention.cpp", "layers.cpp", "sampling.cpp"),
-)
-_HEADERS: Final = ("kernels.h", "simd.h")
 _FEATURES: Final = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
 """As ``/proc/cpuinfo`` names them; processors since 2019 have them."""
-_FLAGS: Final = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-w"),
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"),
-    "-ffp-contract=off",  # what is fused is said in the sources: bits are not the compiler's choice
-)
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _COMPILE_S_MAX: Final = 120.0
 
@@ -111,7 +105,7 @@ def _library() -> Library | None:
         function.argtypes = arguments
         function.restype = None
     functions.keep_memory()
-    return Library(functions, _digest(_sources(), _FLAGS)[:8])
+    return Library(functions, kernels_version())
 
 
 def _compiler() -> str | None:
@@ -120,21 +114,12 @@ def _compiler() -> str | None:
     return next((path for path in found if path is not None), None)
 
 
-def _sources() -> bytes:
-    folder = Path(__file__).parent
-    return b"".join((folder / name).read_bytes() for name in (*_HEADERS, *_SOURCES))
-
-
-def _digest(sources: bytes, parts: Sequence[str]) -> str:
-    return hashlib.sha256(sources + "\0".join(parts).encode()).hexdigest()
-
-
 def _compiled(compiler: str) -> Path:
     version = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, text=True, timeout=_COMPILE_S_MAX
     ).stdout
     # The library is linked against torch's threads, so it belongs to a release of torch, too.
-    name = _digest(_sources(), (*_FLAGS, version, torch.__version__))[:32]
+    name = kernels_digest(version, torch.__version__)[:32]
     folder = cache_directory()
     path = folder / f"kernels-{name}.so"
     with (folder / "lock").open("w") as lock:
@@ -151,7 +136,7 @@ def _compile(compiler: str, path: Path) -> None:
     """Compile all sources at once; the library appears whole or not at all."""
     folder = Path(__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        objects = [str(Path(scratch, name).with_suffix(".o")) for name in _SOURCES]
+        objects = [str(Path(scratch, name).with_suffix(".o")) for name in KERNEL_SOURCES]
 
         def run(*arguments: str) -> None:
             subprocess.run(
@@ -163,9 +148,9 @@ def _compile(compiler: str, path: Path) -> None:
             )
 
         with ThreadPoolExecutor() as pool:
-            pairs = zip(_SOURCES, objects, strict=True)
+            pairs = zip(KERNEL_SOURCES, objects, strict=True)
             jobs = [
-                pool.submit(run, *_FLAGS, "-c", str(folder / source), "-o", made)
+                pool.submit(run, *KERNEL_FLAGS, "-c", str(folder / source), "-o", made)
                 for source, made in pairs
             ]
             for job in jobs:

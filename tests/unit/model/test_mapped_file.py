@@ -65,3 +65,9 @@ def test_an_older_kernel_reads_what_is_used(path: Path, monkeypatch: pytest.Monk
     mapped = MappedFile(path)
     mapped.fetch(0, mapped.num_bytes)  # which answers EINVAL
     assert torch.equal(mapped.tensor(torch.int32, len(NUMBERS), 0), NUMBERS)
+
+
+def test_an_empty_file_cannot_be_mapped(path: Path) -> None:
+    os.truncate(path, 0)
+    with pytest.raises(OSError, match=str(path)):
+        MappedFile(path)

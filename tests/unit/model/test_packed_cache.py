@@ -19,11 +19,12 @@ from tests.serving import request_of, serve
 from tests.unit.model.native.kernels import needs_native
 from understudy.protocol.errors import ConfigurationError
 from understudy.protocol.request import SamplingParams
-from understudy.runtime.model import loader, packed_cache
+from understudy.runtime.model import loader, packed_cache, packed_path
 from understudy.runtime.model.loader import load_model
 from understudy.runtime.model.mapped_file import MappedFile
 from understudy.runtime.model.native.linear import NativeLinear, Packed
 from understudy.runtime.model.packed_cache import PackedCache
+from understudy.runtime.model.packed_path import fetch_early
 from understudy.runtime.model.quantization_config import Quantization
 from understudy.runtime.model.transformer import Transformer
 
@@ -61,7 +62,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
             writer.join()
 
     monkeypatch.setattr(packed_cache, "_BYTES_MIN", 1)
-    monkeypatch.setattr(packed_cache, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(packed_path, "cache_directory", lambda: tmp_path)
     monkeypatch.setattr(PackedCache, "keep", keep_at_once)
     return Shelf(write_checkpoint(tmp_path / "model", FAMILIES["llama"]), tmp_path)
 
@@ -84,12 +85,20 @@ def test_the_second_start_reads_what_the_first_packed(
     assert len(shelf.files) == 1
 
 
-@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize(
+    ("quantization", "is_large", "is_mapped"),
+    [("int8", True, True), ("int8", False, False), ("none", True, True), ("none", False, True)],
+)
 def test_what_is_kept_is_mapped_where_that_is_as_fast(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, *, is_fast: bool
+    shelf: Shelf,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: Quantization,
+    *,
+    is_large: bool,
+    is_mapped: bool,
 ) -> None:
-    monkeypatch.setattr(MappedFile, "large_page_bytes", (1 << 60) * is_fast)
-    first = texts(shelf.load("int8"))
+    monkeypatch.setattr(MappedFile, "large_page_bytes", (1 << 60) * is_large)
+    first = texts(shelf.load(quantization))
     (path,) = shelf.files
     found: list[Packed] = []
     real = PackedCache.linear
@@ -99,15 +108,60 @@ def test_what_is_kept_is_mapped_where_that_is_as_fast(
         return real(self, packed, bias)
 
     monkeypatch.setattr(PackedCache, "linear", linear)
-    model = shelf.load("int8")
+    model = shelf.load(quantization)
     entries = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     areas = [entry[0].split("-") for entry in entries if entry[-1] == str(path)]
     mapped = [range(int(start, 16), int(end, 16)) for start, end in areas]
     assert len(found) == 4 * model.config.num_layers + 1
     for packed in found:
         assert packed.panels.data_ptr() % 64 == 0
-        assert any(packed.panels.data_ptr() in area for area in mapped) == is_fast
+        assert any(packed.panels.data_ptr() in area for area in mapped) == is_mapped
     assert texts(model) == first
+
+
+def test_what_is_kept_is_read_before_anybody_asks(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[tuple[Path, int]] = []
+    fetch = MappedFile.fetch
+
+    def noting(file: MappedFile, start: int, num_bytes: int) -> None:
+        fetched.append((file.path, num_bytes))
+        fetch(file, start, num_bytes)
+
+    monkeypatch.setattr(MappedFile, "fetch", noting)
+    fetch_early(shelf.model, "int8").join()
+    assert not fetched
+    shelf.load("int8")
+    (path,) = shelf.files
+    fetched.clear()
+    fetch_early(shelf.model, "none").join()
+    assert not fetched
+    fetch_early(shelf.model, "int8").join()
+    assert fetched == [(path, path.stat().st_size)]
+
+
+@pytest.mark.parametrize("trouble", ["writable", "unreadable", "empty", "no model"])
+def test_reading_early_leaves_trouble_to_the_start(
+    shelf: Shelf, capfd: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    first = texts(shelf.load())
+    (path,) = shelf.files
+    model = shelf.model
+    if trouble == "writable":
+        path.chmod(0o666)
+    elif trouble == "unreadable":
+        path.unlink()
+        path.mkdir()
+    elif trouble == "empty":
+        path.write_bytes(b"")
+    else:
+        model = shelf.folder / "nowhere"
+    fetch_early(model, "none").join()
+    assert "Traceback" not in capfd.readouterr().err
+    if trouble == "unreadable":
+        path.rmdir()
+    assert texts(shelf.load()) == first
 
 
 def test_panels_that_begin_anywhere_are_made_again(shelf: Shelf) -> None:
