@@ -16,7 +16,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -33,7 +34,7 @@ from understudy.tools.bench.columns import (
 from understudy.tools.bench.comparison import Round, as_object, is_ours, medians, render
 from understudy.tools.bench.machine import machine
 from understudy.tools.bench.peers.libraries import CTranslate2, OpenVino
-from understudy.tools.bench.peers.processes import Environment, Peer
+from understudy.tools.bench.peers.processes import Environment, Peer, Running
 from understudy.tools.bench.peers.servers import LlamaCpp, Transformers, Understudy, Vllm
 from understudy.tools.bench.plot import Panel, bar_chart
 from understudy.tools.bench.report import report_json
@@ -106,22 +107,30 @@ def run_once(
     Raises:
         ServerFailed: It did not come up, or did not answer as asked.
     """
+
+    def ask(engine: Running, column: Column) -> float:
+        prompts = prompts_of(column, words, seed=seed)
+        answered = engine.ask(prompts, concurrency=column.concurrency, output_tokens=column.output)
+        return rate(column, answered)
+
+    with _started(contender, threads, ask) as (engine, start_s):
+        ask(engine, WARM_UP)
+        rates = {column.name: ask(engine, column) for column in columns}
+        memory_gb = engine.memory_bytes() / 1e9
+    with _started(contender, threads, ask) as (_, restart_s):
+        pass
+    return Round(contender.peer.name, rates, start_s, restart_s, memory_gb)
+
+
+@contextmanager
+def _started(
+    contender: Contender, threads: int, ask: Callable[[Running, Column], float]
+) -> Iterator[tuple[Running, float]]:
+    """An engine, and how many seconds it took to its first answer."""
     began_s = time.monotonic()
     with contender.peer.running(contender.model, threads=threads) as engine:
-
-        def ask(column: Column) -> float:
-            prompts = prompts_of(column, words, seed=seed)
-            answered = engine.ask(
-                prompts, concurrency=column.concurrency, output_tokens=column.output
-            )
-            return rate(column, answered)
-
-        ask(_FIRST)
-        start_s = time.monotonic() - began_s
-        ask(WARM_UP)
-        rates = {column.name: ask(column) for column in columns}
-        memory_gb = engine.memory_bytes() / 1e9
-    return Round(contender.peer.name, rates, start_s, memory_gb)
+        ask(engine, _FIRST)
+        yield engine, time.monotonic() - began_s
 
 
 def run_rounds(

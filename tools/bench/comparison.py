@@ -21,6 +21,8 @@ class Round(NamedTuple):
     """Tokens/s by the columns' names."""
     start_s: float
     """From the start of its process to its first answer of one token."""
+    restart_s: float
+    """The same once more after the last column, when all that it reads was just in use."""
     memory_gb: float
     """Of all its processes, after the last column."""
 
@@ -31,6 +33,7 @@ class Line(NamedTuple):
     engine: str
     rates: Mapping[str, float]
     start_s: float
+    restart_s: float
     memory_gb: float
 
 
@@ -45,15 +48,16 @@ def medians(rounds: Sequence[Round]) -> list[Line]:
             for name in names
         }
         start_s = statistics.median(done.start_s for done in own)
+        restart_s = statistics.median(done.restart_s for done in own)
         memory_gb = statistics.median(done.memory_gb for done in own)
-        lines.append(Line(engine, rates, start_s, memory_gb))
+        lines.append(Line(engine, rates, start_s, restart_s, memory_gb))
     return lines
 
 
 def ratios(lines: Sequence[Line]) -> dict[str, dict[str, dict[str, float]]]:
     """By each engine of ours, by each other one: its rates divided by ours. Above 1 it is faster.
 
-    Start and memory are ratios too; there, above 1 it takes more.
+    Starts and memory are ratios too; there, above 1 it takes more.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for ours in lines:
@@ -77,23 +81,30 @@ def is_ours(engine: str) -> bool:
 
 
 def _flat(line: Line) -> dict[str, float]:
-    return {**line.rates, "start": line.start_s, "memory": line.memory_gb}
+    return {
+        **line.rates,
+        "start": line.start_s,
+        "restart": line.restart_s,
+        "memory": line.memory_gb,
+    }
 
 
 def render(lines: Sequence[Line], columns: Sequence[Column]) -> str:
     """The table of medians, and one of ratios for each engine of ours."""
-    headings = ("tokens/s", *(column.title for column in columns), "start s", "memory GB")
+    titles = (column.title for column in columns)
+    headings = ("tokens/s", *titles, "start s", "restart s", "memory GB")
     rows = [
         (
             line.engine,
             *(_cell(line.rates.get(column.name)) for column in columns),
             f"{line.start_s:.1f}",
+            f"{line.restart_s:.1f}",
             f"{line.memory_gb:.1f}",
         )
         for line in lines
     ]
     tables = [render_table(headings, rows)]
-    names = [*(column.name for column in columns), "start", "memory"]
+    names = [*(column.name for column in columns), "start", "restart", "memory"]
     for ours, by_engine in ratios(lines).items():
         ratio_rows = [
             (engine, *(f"{found[name]:.2f}" if name in found else "-" for name in names))

@@ -33,10 +33,10 @@ from understudy.tools.bench.servers import ServerFailed
 
 BY_NAME = {column.name: column for column in COLUMNS}
 ROUNDS = [
-    Round("understudy", {"single": 20.0, "prefill": 1000.0}, 4.0, 2.0),
-    Round("other", {"single": 10.0, "prefill": 1500.0}, 2.0, 3.0),
-    Round("understudy", {"single": 30.0, "prefill": 1000.0}, 6.0, 2.0),
-    Round("other", {"single": 15.0, "prefill": 1500.0}, 2.0, 3.0),
+    Round("understudy", {"single": 20.0, "prefill": 1000.0}, 4.0, 3.0, 2.0),
+    Round("other", {"single": 10.0, "prefill": 1500.0}, 2.0, 1.5, 3.0),
+    Round("understudy", {"single": 30.0, "prefill": 1000.0}, 6.0, 5.0, 2.0),
+    Round("other", {"single": 15.0, "prefill": 1500.0}, 2.0, 1.5, 3.0),
 ]
 
 
@@ -85,13 +85,14 @@ def test_a_column_counts_prompt_or_output() -> None:
 def test_lines_are_medians_in_the_order_of_the_first_round() -> None:
     lines = medians(ROUNDS)
     assert [line.engine for line in lines] == ["understudy", "other"]
-    assert lines[0] == ("understudy", {"single": 25.0, "prefill": 1000.0}, 5.0, 2.0)
+    assert lines[0] == ("understudy", {"single": 25.0, "prefill": 1000.0}, 5.0, 4.0, 2.0)
 
 
 def test_ratios_are_to_each_engine_of_ours() -> None:
     found = ratios(medians(ROUNDS))
+    rates = {"single": 0.5, "prefill": 1.5}
     assert found == {
-        "understudy": {"other": {"single": 0.5, "prefill": 1.5, "start": 0.4, "memory": 1.5}}
+        "understudy": {"other": {**rates, "start": 0.4, "restart": 0.375, "memory": 1.5}}
     }
     assert is_ours("understudy-int8")
     assert not is_ours("understudied")
@@ -100,12 +101,12 @@ def test_ratios_are_to_each_engine_of_ours() -> None:
 def test_the_tables_have_a_row_for_each_engine() -> None:
     text = render(medians(ROUNDS), [BY_NAME["single"], BY_NAME["prefill"]])
     lines = text.splitlines()
-    assert lines[1].split() == ["understudy", "25.0", "1,000", "5.0", "2.0"]
-    assert lines[-1].split() == ["other", "0.50", "1.50", "0.40", "1.50"]
+    assert lines[1].split() == ["understudy", "25.0", "1,000", "5.0", "4.0", "2.0"]
+    assert lines[-1].split() == ["other", "0.50", "1.50", "0.40", "0.38", "1.50"]
 
 
 def test_a_round_without_a_column_shows_a_dash() -> None:
-    lines = medians([Round("understudy", {}, 1.0, 1.0)])
+    lines = medians([Round("understudy", {}, 1.0, 1.0, 1.0)])
     assert render(lines, [BY_NAME["single"]]).splitlines()[1].split()[1] == "-"
 
 
@@ -249,7 +250,7 @@ def test_rounds_are_interleaved_and_who_fails_is_left_out(
         turns.append((contender.peer.name, number))
         if contender.peer.name == "faulty" and number == 1:
             raise ServerFailed("it fell over")
-        return Round(contender.peer.name, {"single": 1.0}, 1.0, 1.0)
+        return Round(contender.peer.name, {"single": 1.0}, 1.0, 1.0, 1.0)
 
     contenders = [
         compare.Contender(ScriptedPeer(name), "1", Path("m")) for name in ("sound", "faulty")
