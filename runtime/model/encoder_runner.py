@@ -12,8 +12,8 @@ import torch
 
 from understudy.protocol.request import Pooling, PoolingKind
 from understudy.runtime.model.encoder import Encoder
+from understudy.runtime.model.out_of_memory import telling_out_of_memory
 from understudy.runtime.model.pooling import Vector, add_rows, as_pooled, numbers, unit_vector
-from understudy.runtime.model.runner import telling_out_of_memory
 from understudy.runtime.scheduling.decision import Draw, Draws, Pooled, StepPlan
 from understudy.runtime.scheduling.sequence import Sequence
 

@@ -24,6 +24,7 @@ from understudy.runtime.model.linears import kept_dtype, make_linear
 from understudy.runtime.model.memory import available_memory
 from understudy.runtime.model.native.library import native_library
 from understudy.runtime.model.numerics import Numerics
+from understudy.runtime.model.out_of_memory import telling_out_of_memory
 from understudy.runtime.model.packed_cache import PackedCache
 from understudy.runtime.model.parts import LayerParts, Part, all_parts, matrices_of, outer_parts
 from understudy.runtime.model.quantization_config import (
@@ -42,6 +43,7 @@ from understudy.runtime.model.quantized_checkpoint import (
 )
 from understudy.runtime.model.transformer import LayerWeights, ModelWeights, Transformer
 from understudy.runtime.processor import processor_features
+from understudy.runtime.scheduling.decision import OutOfMemory
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of weights read so far and their total."""
@@ -103,17 +105,12 @@ def load_model(
     packed = None if library is None else PackedCache.of(directory, quantization, library)
     reader = _Reader(directory, checkpoint, making, _Meter(bytes_total, progress), packed)
     try:
-        with torch.inference_mode():
+        with telling_out_of_memory(), torch.inference_mode():
             weights = _model_weights(config, reader)
             if packed is not None:
                 packed.keep()
             return Transformer(config, weights, numerics=numerics, kv_dtype=kv_dtype)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(directory, needed, device) from error
-    except RuntimeError as error:
-        # The CPU's allocator has no exception class of its own.
-        if "can't allocate memory" not in str(error):
-            raise
+    except OutOfMemory as error:
         raise _out_of_memory(directory, needed, device) from error
 
 

@@ -12,10 +12,9 @@ nothing of queues, priorities or requests' ends: those are the scheduler's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from understudy.runtime.model.attention import Indices, Span
 from understudy.runtime.model.kv_cache import KVCache
 from understudy.runtime.model.noise import noise_key, signed
 from understudy.runtime.model.operations import has_kernels
+from understudy.runtime.model.out_of_memory import telling_out_of_memory
 from understudy.runtime.model.pooling import Pooler
 from understudy.runtime.model.sampler import Drawing, Drawn, Sampler, SamplingRow
 from understudy.runtime.model.transfer import to_device
@@ -37,7 +37,6 @@ from understudy.runtime.scheduling.decision import (
     EngineFault,
     Flight,
     NoDraw,
-    OutOfMemory,
     Pooled,
     SampledToken,
     ScheduledSequence,
@@ -48,9 +47,6 @@ from understudy.runtime.token_masks import Allowed, allowed_tokens
 
 if TYPE_CHECKING:
     from understudy.runtime.model.kernels.decode_graphs import Decoded, DecodeGraphs
-
-
-_SHORT_OF_MEMORY: Final = ("can't allocate memory", "out of memory")
 
 
 class _Computed(NamedTuple):
@@ -394,20 +390,6 @@ class ModelRunner:
                 zero_slot=self._cache.zero_slot,
             ),
         )
-
-
-@contextmanager
-def telling_out_of_memory() -> Iterator[None]:
-    """Turn what says on any device that memory is short into ``OutOfMemory``."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(str(error)) from error
-    except RuntimeError as error:
-        # The CPU's allocator has no exception class of its own, nor has what CUDA itself allocates.
-        if any(words in str(error) for words in _SHORT_OF_MEMORY):
-            raise OutOfMemory(str(error)) from error
-        raise
 
 
 def _decode_graphs(model: Transformer, cache: KVCache) -> DecodeGraphs | None:
