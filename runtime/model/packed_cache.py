@@ -10,6 +10,7 @@ changed: who has mapped it keeps it.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import math
@@ -39,6 +40,8 @@ from understudy.runtime.model.quantization_config import Quantization
 
 _BYTES_MIN: Final = 64 << 20
 """Less is laid out again in no time."""
+_END_WAIT_S: Final = 3.0
+"""What has not ended 5 s after it was told to is killed."""
 _DISK_SHARE: Final = 0.25
 """Of what is free on the disk, the most that a file takes."""
 _DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
@@ -111,10 +114,12 @@ class PackedCache:
             _remove(path)
             return None
         # A process that ends in the middle of it leaves a piece, which a later one removes.
+        # One that is told to end soon after its start waits, so that the next start is fast.
         writer = threading.Thread(
             target=_write, args=(path, new, num_bytes), name="packed-weights", daemon=True
         )
         writer.start()
+        atexit.register(writer.join, _END_WAIT_S)
         return writer
 
     def _tensor(self, name: str) -> Tensor | None:

@@ -7,6 +7,8 @@ import fcntl
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,6 +222,25 @@ def test_what_cannot_be_believed_is_made_again(shelf: Shelf, damage: str) -> Non
     assert texts(shelf.load()) == first
     if damage != "writable":
         assert path.read_bytes() == data
+
+
+def test_a_process_that_ends_at_once_has_kept_its_weights(shelf: Shelf) -> None:
+    program = f"""
+import torch
+from pathlib import Path
+from understudy.runtime.model import loader, packed_cache, packed_path
+packed_cache._BYTES_MIN = 1
+packed_path.cache_directory = lambda: Path({str(shelf.folder)!r})
+write = packed_cache._write
+def write_late(*arguments):
+    import time
+    time.sleep(0.3)
+    write(*arguments)
+packed_cache._write = write_late
+loader.load_model(Path({str(shelf.model)!r}), dtype=torch.float32, device=torch.device("cpu"))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    assert [path.suffix for path in shelf.files] == [".safetensors"]
 
 
 def test_a_start_that_was_killed_leaves_nothing_to_the_next(shelf: Shelf) -> None:
