@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -48,8 +49,9 @@ class Understudy:
         return Environment(Path(sys.executable)).version_of("understudy") or "understudy (source)"
 
     def prepare(self, model: Path, converted: Path) -> Path:  # noqa: ARG002 - as it is
-        """Nothing has to be converted."""
-        return model
+        """Start once: what it lays out is kept, as others keep what they have converted."""
+        with self.running(model, threads=len(os.sched_getaffinity(0))):
+            return model
 
     def command(self, model: Path, *, port: int, threads: int) -> Sequence[str]:
         """The flags of ``understudy start``."""
@@ -159,7 +161,8 @@ class LlamaCpp:
         return (
             *(str(self.environment.python), "-P", "-m", "llama_cpp.server", *where),
             *("--n_threads", str(threads), "--n_ctx", str(_CONTEXT)),
-            *("--model_alias", MODEL_NAME),
+            # Else the second of two requests at once ends the first.
+            *("--model_alias", MODEL_NAME, "--interrupt_requests", "false"),
         )
 
     @contextlib.contextmanager
@@ -194,8 +197,9 @@ class Transformers:
         return self.environment.version_of("transformers")
 
     def prepare(self, model: Path, converted: Path) -> Path:  # noqa: ARG002 - as it is
-        """Nothing has to be converted."""
-        return model
+        """Start once: what it lays out is kept, as others keep what they have converted."""
+        with self.running(model, threads=len(os.sched_getaffinity(0))):
+            return model
 
     def command(self, model: Path, *, port: int, threads: int) -> Sequence[str]:  # noqa: ARG002
         """Threads are set by a variable."""
