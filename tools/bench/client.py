@@ -27,6 +27,7 @@ from understudy.tools.bench.response import (
 
 CONNECT_TIMEOUT_S: Final = 10.0
 ERROR_BODY_BYTES_MAX: Final = 65_536
+_CLOSE: Final = "Connection: close\r\n"
 
 
 class Target(NamedTuple):
@@ -220,7 +221,10 @@ class Client:
         api_key: str | None = None,
         connections_max: int,
         timeout_s: float,
+        keeps_alive: bool = True,
     ) -> None:
+        """Without ``keeps_alive`` each request has a connection of its own."""
+        self._keeps_alive = keeps_alive
         self._target = target
         self._timeout_s = timeout_s
         self._connections_max = connections_max
@@ -232,6 +236,7 @@ class Client:
             f"POST {target.path_prefix}{path} HTTP/1.1\r\n"
             f"Host: {target.authority}\r\n"
             f"{authorization}"
+            f"{'' if keeps_alive else _CLOSE}"
             "User-Agent: understudy-bench\r\n"
             "Accept: text/event-stream\r\n"
             "Content-Type: application/json\r\n"
@@ -281,8 +286,10 @@ class Client:
             raise
         finally:
             timer.cancel()
-        if connection.is_open:
+        if connection.is_open and self._keeps_alive:
             self._idle.append(connection)
+        else:
+            connection.abort()
         return ending
 
     def _pop_idle(self) -> Connection | None:

@@ -185,6 +185,20 @@ async def test_a_closed_loop_reads_every_token_of_every_answer(
     assert len(server.connections) == 4
 
 
+async def test_a_client_that_keeps_nothing_alive_asks_on_a_new_connection_each_time(
+    fake: tuple[FakeServer, Target],
+) -> None:
+    server, target = fake
+    path = PATHS["completions"]
+    client = Client(target, path, connections_max=1, timeout_s=HELD_MAX_S, keeps_alive=False)
+    await client.connect(1)
+    for number in range(3):
+        body = workload().request(number).body
+        ending = await client.complete(body, CompletionStream(), expected_tokens=None)
+        assert ending.failure is None
+    assert len(server.connections) == 3
+
+
 async def test_an_open_loop_sends_at_its_arrival_times_without_waiting_for_answers(
     fake: tuple[FakeServer, Target],
 ) -> None:

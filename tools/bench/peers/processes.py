@@ -171,6 +171,8 @@ class Dialect(NamedTuple):
     """Prompts have to be text."""
     says_done: bool = True
     """A stream ends with ``[DONE]``."""
+    keeps_alive: bool = True
+    """After a stream its connection serves further requests."""
     ready_path: str = "/v1/models"
     """What it answers with 200 once it is ready."""
 
@@ -201,6 +203,7 @@ class HttpServer:
             PATHS["completions"],
             connections_max=concurrency,
             timeout_s=ANSWER_TIMEOUT_S,
+            keeps_alive=self._dialect.keeps_alive,
         )
         waiting = iter(bodies)
         streams: list[CompletionStream] = []

@@ -171,7 +171,7 @@ class LlamaCpp:
         port = free_port()
         command = self.command(model, port=port, threads=threads)
         if self._binary() is not None:
-            dialect = Dialect(MODEL_NAME, _EXACT_LENGTH)
+            dialect = Dialect(MODEL_NAME, _EXACT_LENGTH, keeps_alive=False)
         else:
             dialect = Dialect(MODEL_NAME, {}, takes_text=True)
         with http_server(self.name, command, port, dialect, environment_of(threads)) as server:
