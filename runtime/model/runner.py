@@ -301,6 +301,8 @@ class ModelRunner:
         if decoded is not None and len(drawing) == len(plan.scheduled):
             return _Computed(decoded.logits, {}, drawing, is_by_graph=True)
         hidden = self._forward(plan) if decoded is None else decoded.hidden
+        if len(drawing) == plan.num_tokens:  # every row draws
+            return _Computed(self._model.logits(hidden), {}, drawing)
         pooled = self._pooler.pool(plan.scheduled, hidden)
         last_rows: list[int] = []
         num_rows = 0
@@ -366,16 +368,28 @@ class ModelRunner:
         num_rows = sum(tiles)
         token_ids = np.zeros(num_rows, dtype=np.int64)
         positions = np.zeros(num_rows, dtype=np.int64)
-        slots = np.empty(num_tokens, dtype=np.int64)
         block_size = self._cache.block_size
-        for span, (sequence, _, draft) in zip(spans, scheduled, strict=True):
-            rows = slice(span.start, span.start + span.num_tokens)
-            stop = span.position + span.num_tokens
+        if num_tokens == len(spans):  # as most steps are: no array for each sequence
+            positions[:num_tokens] = [span.position for span in spans]
+            blocks = [span.block_table[span.position // block_size] for span in spans]
             if not is_ahead:
-                token_ids[rows] = [*sequence.token_ids[span.position : stop - len(draft)], *draft]
-            positions[rows] = np.arange(span.position, stop)
-            table = np.asarray(span.block_table, dtype=np.int64)
-            slots[rows] = table[positions[rows] // block_size] * block_size
+                sequences = [share.sequence for share in scheduled]
+                token_ids[:num_tokens] = [
+                    sequence.token_ids[span.position]
+                    for span, sequence in zip(spans, sequences, strict=True)
+                ]
+            slots = np.array(blocks, dtype=np.int64) * block_size
+        else:
+            slots = np.empty(num_tokens, dtype=np.int64)
+            for span, (sequence, _, draft) in zip(spans, scheduled, strict=True):
+                rows = slice(span.start, span.start + span.num_tokens)
+                stop = span.position + span.num_tokens
+                if not is_ahead:
+                    known = sequence.token_ids[span.position : stop - len(draft)]
+                    token_ids[rows] = [*known, *draft]
+                positions[rows] = np.arange(span.position, stop)
+                table = np.asarray(span.block_table, dtype=np.int64)
+                slots[rows] = table[positions[rows] // block_size] * block_size
         slots += positions[:num_tokens] % block_size
         device = self._model.device
         return Batch(

@@ -25,7 +25,7 @@ from torch import Tensor
 from understudy.protocol.request import SamplingParams, TokenLogprobs
 from understudy.runtime.model.attention import Indices
 from understudy.runtime.model.native.library import native_library
-from understudy.runtime.model.native.sampling import Draw, likeliest, may_win
+from understudy.runtime.model.native.sampling import Draw, Likeliest, likeliest, may_win
 from understudy.runtime.model.noise import gumbel_noise, noise_key, signed
 from understudy.runtime.model.operations import has_kernels
 from understudy.runtime.model.transfer import HostCopy, to_device
@@ -165,14 +165,18 @@ class Sampler:
     def draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> Drawing:
         """As ``sample``, but without waiting for a device that has more to do."""
         assert logits.shape == (len(rows), self._vocab_size)
-        is_finite = self._are_finite(logits)
+        best = None if self._has_kernels else self._likeliest(logits)
+        # A row's maximum is not finite if any of its numbers is NaN or infinite.
+        is_finite = (logits.amax(dim=1) if best is None else best.values).isfinite()
         reported = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         raw = logits[reported].log_softmax(dim=1) if reported else None
         for index, row in enumerate(rows):
             self._adjust(logits[index], row)
         self._forbid_masked(logits, rows)
-        if not self._has_kernels:
-            return Drawing(rows, self._draw(logits, rows), is_finite, raw)
+        if best is not None:
+            if any(row.is_adjusted or row.mask is not None for row in rows):
+                best = self._likeliest(logits)
+            return Drawing(rows, self._draw(logits, rows, best.ids), is_finite, raw)
         from understudy.runtime.model.kernels.sampling import draw_tokens
 
         draws = _draws_of(rows)
@@ -186,15 +190,8 @@ class Sampler:
         from understudy.runtime.model.kernels.sampling import draw_tokens
 
         draws = draws.next(kept)
-        is_finite = self._are_finite(logits)
+        is_finite = logits.amax(dim=1).isfinite()
         return Drawing((), draw_tokens(logits, draws), is_finite, None, draws=draws)
-
-    def _are_finite(self, logits: Tensor) -> Tensor:
-        """Whether the numbers of each row of ``logits``, but for forbidden ones, are finite."""
-        # A row's maximum is not finite if any of its numbers is NaN or infinite.
-        if self._library is not None:
-            return likeliest(self._library, logits).values.isfinite()
-        return logits.amax(dim=1).isfinite()
 
     def _adjust(self, logits: Tensor, row: SamplingRow) -> None:
         """Apply penalties, bias and forbidden tokens to one row, in place."""
@@ -235,9 +232,9 @@ class Sampler:
         index = torch.tensor([index for index, _ in masks], device=self._device)
         logits.index_add_(0, index, added[:, : self._vocab_size])
 
-    def _draw(self, logits: Tensor, rows: Rows[SamplingRow]) -> list[int]:
-        # One argmax for everyone, even for rows that will draw: it costs less than choosing rows.
-        tokens = self._likeliest(logits)
+    def _draw(self, logits: Tensor, rows: Rows[SamplingRow], greedy: list[int]) -> list[int]:
+        """Draw a token for each row; ``greedy`` has the likeliest of all, which costs no more."""
+        tokens = list(greedy)
         truncated = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_truncated]
         full = [i for i, row in enumerate(rows) if not row.is_greedy and not row.is_truncated]
         if full:
@@ -281,11 +278,10 @@ class Sampler:
         drawn: list[int] = tokens.tolist()
         return drawn
 
-    def _likeliest(self, logits: Tensor) -> list[int]:
+    def _likeliest(self, logits: Tensor) -> Likeliest:
         if self._library is not None:
-            return likeliest(self._library, logits).ids
-        tokens: list[int] = logits.argmax(dim=1).tolist()
-        return tokens
+            return likeliest(self._library, logits)
+        return Likeliest(logits.amax(dim=1), logits.argmax(dim=1).tolist())
 
     def _draw_among(
         self, logits: Tensor, rows: Rows[SamplingRow], some: list[int], num_candidates: int

@@ -97,7 +97,7 @@ def measure_steps(chosen: argparse.Namespace) -> dict[str, float]:
     for owner, name, part in (
         (model, "forward", "model: layers"),
         (model, "logits", "model: logits"),
-        (runner._sampler, "sample", "draw"),
+        (runner._sampler, "draw", "draw"),
         (runner, "_batch", "lay out"),
     ):
         setattr(owner, name, parts.timed(part, getattr(owner, name)))
