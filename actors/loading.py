@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -134,8 +135,7 @@ def _load_encoder(config: EngineConfig, max_model_len: int) -> Loaded:
 
 
 def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loaded:
-    if config.device != "cuda":
-        fetch_early(config.model, config.quantization)
+    reading = _read_early(config)
     with postponing():  # here and not above: an engine without a model needs no torch
         import torch
 
@@ -152,6 +152,8 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     torch_device = torch.device(device)
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     dtype = named or default_dtype(torch_device)
+    if reading is not None:
+        reading.join()  # what is mapped meanwhile does not count as memory that is left
     model = load_model(
         config.model,
         dtype=dtype,
@@ -200,6 +202,13 @@ def _load_model(config: EngineConfig, max_model_len: int, clock: Clock) -> Loade
     _warm_up(config, runner)
     speculator = load_speculator(config, model, runner, grammars, clock, numerics=numerics)
     return Loaded(runner, max_model_len, size.num_blocks, numerics, speculator)
+
+
+def _read_early(config: EngineConfig) -> threading.Thread | None:
+    """Have the disk read while torch is imported, where that is of use: for the CPU's kernels."""
+    if config.device == "cuda" or config.dtype == "bfloat16":
+        return None
+    return fetch_early(config.model, config.quantization)
 
 
 def _step_bytes(config: EngineConfig, model: Transformer) -> int:

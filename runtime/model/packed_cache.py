@@ -40,8 +40,8 @@ from understudy.runtime.model.quantization_config import Quantization
 
 _BYTES_MIN: Final = 64 << 20
 """Less is laid out again in no time."""
-_END_WAIT_S: Final = 3.0
-"""What has not ended 5 s after it was told to is killed."""
+_END_WAIT_S: Final = 2.0
+"""Of each of two models at most; what has not ended 5 s after it was told to is killed."""
 _DISK_SHARE: Final = 0.25
 """Of what is free on the disk, the most that a file takes."""
 _DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType(

@@ -32,7 +32,7 @@ def packed_path(directory: Path, quantization: Quantization) -> Path:
 
 
 def fetch_early(directory: Path, quantization: Quantization) -> threading.Thread:
-    """Begin to read a model's packed weights, if some are kept; to wait for it is not needed.
+    """Begin to read a model's packed weights, if some are kept; they are mapped until that is done.
 
     What cannot be read is left to those who load the model and can say so.
     """

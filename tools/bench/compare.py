@@ -253,6 +253,7 @@ def main() -> int:
         for peer in all_peers(dict(arguments.peer_venv))
         if is_ours(peer.name) or peer.family in arguments.peers
     ]
+    end_in_order_on_sigterm()
     contenders = take_part(peers, model, converted)
     words = words_of(model)
 
@@ -267,7 +268,6 @@ def main() -> int:
             part.write_text(report_json(as_object(rounds, columns, settings)), "utf-8")
             part.replace(arguments.json)
 
-    end_in_order_on_sigterm()
     rounds = run_rounds(contenders, arguments.rounds, measure, keep)
     if not rounds:
         return 1

@@ -7,16 +7,20 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.encoders import BERT, LENGTH_MAX, write_encoder
 from tests.unit.model.native.kernels import needs_native
+from understudy.actors import loading
 from understudy.actors.loading import Loaded, keep_to_cores, load_runner
 from understudy.protocol.errors import ConfigurationError
 from understudy.runtime.config import EngineConfig, engine_config
 from understudy.runtime.kit.clock import VirtualClock
+from understudy.runtime.model import loader
+from understudy.runtime.model.transformer import Transformer
 from understudy.runtime.settings import Defaults, resolve
 from understudy.tools.demo.paths import demo_model_directory
 
@@ -80,6 +84,34 @@ def test_keys_and_values_of_8_bits_need_kernels_that_read_them() -> None:
 
 def test_weights_stay_as_they_are_unless_something_is_said() -> None:
     assert "/exact/float32/cpu/" in load(max_model_len="256").numerics
+
+
+@pytest.mark.parametrize(("dtype", "is_read"), [("float32", True), ("bfloat16", False)])
+def test_kept_weights_are_read_early_and_unmapped_before_memory_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, *, is_read: bool
+) -> None:
+    events: list[object] = []
+    load_model = loader.load_model
+
+    def fetch_early(directory: Path, quantization: str) -> threading.Thread:
+        def fetch() -> None:
+            load_began.wait(0.2)
+            events.append((directory, quantization))
+
+        thread = threading.Thread(target=fetch)
+        thread.start()
+        return thread
+
+    def noting(*arguments: Any, **named: Any) -> Transformer:
+        load_began.set()
+        events.append("load")
+        return load_model(*arguments, **named)
+
+    load_began = threading.Event()
+    monkeypatch.setattr(loading, "fetch_early", fetch_early)
+    monkeypatch.setattr(loader, "load_model", noting)
+    load(max_model_len="256", quantization="int8", dtype=dtype)
+    assert events == [(demo_model_directory(), "int8"), "load"][not is_read :]
 
 
 def test_another_word_is_refused() -> None:

@@ -26,7 +26,7 @@ from understudy.tools.bench.peers.processes import (
     free_port,
     http_server,
 )
-from understudy.tools.bench.servers import started_node
+from understudy.tools.bench.servers import ServerFailed, started_node
 
 MODEL_NAME: Final = "model"
 SEQUENCES_MAX: Final = 32
@@ -50,8 +50,12 @@ class Understudy:
 
     def prepare(self, model: Path, converted: Path) -> Path:  # noqa: ARG002 - as it is
         """Start once: what it lays out is kept, as others keep what they have converted."""
-        with self.running(model, threads=len(os.sched_getaffinity(0))):
-            return model
+        with (
+            contextlib.suppress(ServerFailed),  # it fails in its turn, too
+            self.running(model, threads=len(os.sched_getaffinity(0))),
+        ):
+            pass
+        return model
 
     def command(self, model: Path, *, port: int, threads: int) -> Sequence[str]:
         """The flags of ``understudy start``."""
@@ -197,9 +201,8 @@ class Transformers:
         return self.environment.version_of("transformers")
 
     def prepare(self, model: Path, converted: Path) -> Path:  # noqa: ARG002 - as it is
-        """Start once: what it lays out is kept, as others keep what they have converted."""
-        with self.running(model, threads=len(os.sched_getaffinity(0))):
-            return model
+        """Nothing has to be converted."""
+        return model
 
     def command(self, model: Path, *, port: int, threads: int) -> Sequence[str]:  # noqa: ARG002
         """Threads are set by a variable."""
